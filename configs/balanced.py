@@ -1,0 +1,20 @@
+"""Balanced: rows of a middle length.
+
+Hypothesis of the original experiment: wins on held-out loss at equal memory.
+    python -m experiments.train --config=configs/balanced.py:cpu --workdir=runs/balanced
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config(scale: str = "cpu") -> ConfigDict:
+    config = base.get_config(scale)
+    config.strategy = "balanced"
+    if scale == "cpu":
+        config.batch_size, config.seq_len = 16, 512
+        config.train.tokens = base.CPU_TOKENS
+    else:
+        config.batch_size, config.seq_len = 26, 1024
+    return config

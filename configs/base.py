@@ -1,0 +1,176 @@
+"""Every field of a config, with the defaults of both scales.
+
+`cpu`        5 M parameters: minutes on two cores, on real text, at most one epoch.
+`published`  the model, shapes, optimiser and protocol of the experiment this project answers, for one GPU.
+             One deviation: bfloat16 where the original used float16 with a gradient scaler.
+
+A strategy file (balanced.py, long_seq.py, large_batch.py) names only what makes it that strategy.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+SCALES = ("cpu", "published")
+CPU_TOKENS = 64 * 8192  # a run of the `cpu` scale: the same for every strategy
+
+
+def get_config(scale: str = "cpu") -> ConfigDict:
+    """The fields that all strategies share.
+
+    Raises: ValueError when `scale` is not one of SCALES.
+    """
+    if scale not in SCALES:
+        raise ValueError(f"config scale {scale!r}: choose one of {', '.join(SCALES)}")
+    config = ConfigDict()
+    config.strategy = "unnamed"
+    config.scale = scale
+    config.seed = 42
+    config.batch_size = 16  # sequences a step, over all devices and accumulation
+    config.seq_len = 512  # tokens a sequence
+    config.model = _model()
+    config.optimizer = _optimizer()
+    config.train = _train()
+    config.data = _data()
+    config.eval = _eval()
+    config.mesh = _mesh()
+    if scale == "published":
+        _published(config)
+    return config
+
+
+def _model() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            num_layers=4,
+            d_model=128,
+            num_heads=4,
+            d_ff=512,  # hidden width of one expert
+            num_experts=8,
+            experts_per_token=2,
+            vocab_size=4096,
+            activation="silu",  # silu: W2 silu(W1 x); swiglu: W2 (silu(Wg x) * (W1 x))
+            tie_embeddings=True,
+            rope_base=10_000.0,
+            norm_epsilon=1e-6,
+            init_stddev=0.02,
+            dropout=0.0,  # at most one epoch of data: nothing to regularise
+            router_noise=0.1,  # standard deviation added to the router's logits in training
+            balance_weight=0.01,
+            dtype="float32",  # of the computation; parameters are float32 always
+            remat="none",  # none | block (recompute each block in the backward pass)
+            attention="auto",  # auto | xla | chunked | cudnn
+            attention_chunk=256,  # queries at a time (chunked)
+            moe="auto",  # auto | blocks | ragged
+            moe_block=256,  # token rows a matmul (blocks)
+            loss_chunk=1024,  # tokens whose logits exist at once
+        )
+    )
+
+
+def _optimizer() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            name="muon",  # muon (matrices) + AdamW (embedding, norms) | adamw (everything)
+            learning_rate=0.02,  # Muon's; AdamW's where name is adamw
+            adamw_learning_rate=0.003,  # of the AdamW group beside Muon
+            momentum=0.95,
+            muon_weight_decay=0.0,
+            weight_decay=0.1,  # AdamW's
+            beta1=0.9,
+            beta2=0.999,
+            epsilon=1e-8,
+            clip_norm=1.0,  # global norm; 0: no clipping
+            warmup_fraction=0.05,
+            schedule="constant",  # constant | cosine | wsd (warm-up, stable, decay), all after the warm-up
+            decay_fraction=0.2,  # share of the steps that wsd decays over
+            final_fraction=0.0,  # of the learning rate, at the end of cosine and wsd
+        )
+    )
+
+
+def _train() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            steps=placeholder(int),  # one of steps and tokens is set
+            tokens=placeholder(int),
+            accumulation=1,  # microbatches a step
+            eval_every=16,  # steps; 0: only at the end
+            checkpoint_every=32,  # steps; 0: only at the end
+            log_every=1,
+            keep_last=2,  # checkpoints
+            keep_best=True,  # and the one with the lowest held-out loss
+        )
+    )
+
+
+def _data() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            source="stdlib",  # stdlib | text | jsonl | parquet | hf
+            path="",  # a file or folder; for hf: owner/name/config
+            text_field="text",  # of jsonl, parquet and hf
+            protocol="clean",  # clean | published (leaks on purpose)
+            shuffle_block=0,  # tokens; 0: seq_len. The longest seq_len of a study pairs its strategies
+            tokenizer="bpe",  # bpe (trained on the train split) | bytes | tokenizer.json | owner/name
+            max_documents=0,  # 0: all
+            max_document_chars=0,
+            max_tokens=0,
+            heldout_fraction=0.1,  # of the documents
+            mask_documents=False,  # confine attention to each document
+            max_epochs=1,  # 0: no limit
+            cache_dir="",  # empty: ~/.cache/batch-or-length
+        )
+    )
+
+
+def _eval() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            contexts=(24, 96, 384, 1536),  # tokens; c needs windows of 1.25 c
+            num_targets=8192,
+            batch_tokens=8192,  # tokens scored at once
+        )
+    )
+
+
+def _mesh() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            data=-1,  # devices over which rows are sharded; -1: what is left
+            expert=1,
+            seq=1,  # devices over which positions are sharded
+            fsdp=False,  # shard parameters and optimiser state as well
+        )
+    )
+
+
+def _published(config: ConfigDict) -> None:
+    config.model.update(
+        dict(
+            num_layers=6,
+            d_model=384,
+            num_heads=8,
+            d_ff=1536,
+            vocab_size=49_152,
+            dropout=0.1,
+            dtype="bfloat16",
+            attention_chunk=512,
+            moe_block=512,
+            loss_chunk=4096,
+        )
+    )
+    config.optimizer.update(dict(learning_rate=0.03, adamw_learning_rate=0.001))
+    config.train.update(dict(steps=1000, eval_every=25, checkpoint_every=100, log_every=10))
+    config.data.update(
+        dict(
+            source="hf",
+            path="HuggingFaceTB/smollm-corpus/cosmopedia-v2",
+            protocol="published",
+            tokenizer="HuggingFaceTB/SmolLM-135M",
+            max_documents=2000,
+            max_document_chars=3000,
+            max_tokens=500_000,
+            max_epochs=0,
+        )
+    )
+    config.eval.update(dict(contexts=(48, 192, 768, 3072), num_targets=24_576, batch_tokens=32_768))

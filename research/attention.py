@@ -1,0 +1,216 @@
+"""Causal attention behind one function, and rotary position embeddings.
+
+Backends: `xla` materialises the [B, H, T, T] scores; `chunked` never keeps them (queries a chunk at a time, recomputed in
+the backward pass as in FlashAttention, Dao et al. 2022, arXiv:2205.14135); `cudnn` is the fused kernel of NVIDIA GPUs.
+Letters: B batch, T queries, S keys, H heads, K head width, R rows = B * H.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from research.sharding import AXES, BATCH, TOKENS, varying
+
+MAX_PIECES = 16  # of the queries: more would only lengthen compilation
+MASKED = -1e30
+
+
+def rotary_tables(positions_BT: jax.Array, head_dim: int, base: float) -> tuple[jax.Array, jax.Array]:
+    """cos and sin [B, T, K/2] of positions * base^(-2i/K) (Su et al. 2021, arXiv:2104.09864)."""
+    inverse = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions_BT.astype(jnp.float32)[..., None] * inverse
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BTHK: jax.Array, cos_BTK: jax.Array, sin_BTK: jax.Array) -> jax.Array:
+    """Rotate the interleaved pairs (2i, 2i+1) of the head width by the angles of the tables."""
+    pairs = x_BTHK.astype(jnp.float32).reshape(*x_BTHK.shape[:-1], -1, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    cos, sin = cos_BTK[:, :, None], sin_BTK[:, :, None]
+    out = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return out.reshape(x_BTHK.shape).astype(x_BTHK.dtype)
+
+
+def resolve_backend(backend: str, platform: str, *, dropout: float, masked: bool, seq: int) -> str:
+    """`auto` to the best backend that can do what is asked on this platform ('cpu', 'gpu', 'tpu')."""
+    if backend != "auto":
+        return backend
+    fused = platform == "gpu" and dropout == 0 and not masked and seq == 1
+    return "cudnn" if fused else "chunked"
+
+
+def attend(
+    q_BTHK: jax.Array,
+    k_BTHK: jax.Array,
+    v_BTHK: jax.Array,
+    *,
+    backend: str,
+    chunk: int = 256,
+    segments_BT: jax.Array | None = None,
+    dropout: float = 0.0,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Softmax attention [B, T, H, K], each query over the keys at or before it (and of its own segment).
+
+    All inputs are sharded P(('data', 'expert'), 'seq'); K and V are gathered over `seq`. `dropout` is the share of attention
+    probabilities that are set to 0, drawn from `key`.
+    """
+    if backend == "xla":
+        return _attend_xla(q_BTHK, k_BTHK, v_BTHK, segments_BT, dropout, key)
+    if backend == "chunked":
+        return _attend_chunked(q_BTHK, k_BTHK, v_BTHK, segments_BT, dropout, key, chunk)
+    if backend == "cudnn":
+        if segments_BT is not None or dropout > 0:
+            raise ValueError("attention backend cudnn: neither documents' masks nor dropout; use chunked")
+        return _attend_cudnn(q_BTHK, k_BTHK, v_BTHK)
+    raise ValueError(f"attention backend {backend!r}: choose xla, chunked or cudnn")
+
+
+def _attend_xla(q, k, v, segments, dropout, key):
+    k, v = jax.reshard((k, v), P(BATCH, None, None, None))
+    scores_BHTS = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32)
+    length = q.shape[1]
+    allowed = (jnp.arange(length)[:, None] >= jnp.arange(length)[None])[None, None]
+    if segments is not None:
+        keys_segments = jax.reshard(segments, P(BATCH, None))
+        allowed = allowed & (segments[:, None, :, None] == keys_segments[:, None, None, :])
+    scores_BHTS = jnp.where(allowed, scores_BHTS * q.shape[-1] ** -0.5, MASKED)
+    probabilities = jax.nn.softmax(scores_BHTS, axis=-1)
+    if dropout > 0:
+        keep = jax.random.bernoulli(
+            key, 1 - dropout, scores_BHTS.shape, out_sharding=jax.typeof(scores_BHTS).sharding
+        )
+        probabilities = jnp.where(keep, probabilities / (1 - dropout), 0)
+    return jnp.einsum("bhts,bshk->bthk", probabilities.astype(v.dtype), v)
+
+
+def _attend_cudnn(q, k, v):
+    spec = P(BATCH, None, None, None)  # config.validate refuses cudnn with a seq axis larger than 1
+    kernel = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+    out = jax.shard_map(kernel, in_specs=(spec,) * 3, out_specs=spec)(
+        *jax.reshard((q, k, v), (spec,) * 3)
+    )
+    return jax.reshard(out, P(BATCH, "seq", None, None))
+
+
+def _attend_chunked(q, k, v, segments, dropout, key, chunk):
+    masked = segments is not None
+    operands = [q, k, v] + ([segments] if masked else []) + ([key] if dropout > 0 else [])
+    heads, tokens = P(BATCH, "seq", None, None), TOKENS
+    specs = (heads,) * 3 + ((tokens,) if masked else ()) + ((P(),) if dropout > 0 else ())
+
+    def local(q, k, v, *rest):
+        k, v = (jax.lax.all_gather(x, "seq", axis=1, tiled=True) for x in (k, v))
+        start = jax.lax.axis_index("seq") * q.shape[1]
+        q_segments = k_segments = shard_key = None
+        if masked:
+            q_segments = jnp.repeat(rest[0], q.shape[2], axis=0)
+            k_segments = jax.lax.all_gather(q_segments, "seq", axis=1, tiled=True)
+        if dropout > 0:
+            shard_key = functools.reduce(
+                jax.random.fold_in, [jax.lax.axis_index(axis) for axis in AXES], varying(rest[-1])
+            )
+        rows = (_to_rows(x) for x in (q, k, v))
+        out_RTK = _grouped_rows(*rows, q_segments, k_segments, shard_key, varying(start), chunk, dropout)
+        return out_RTK.reshape(q.shape[0], q.shape[2], q.shape[1], -1).swapaxes(1, 2)
+
+    return jax.shard_map(local, in_specs=specs, out_specs=heads)(*operands)
+
+
+def _to_rows(x_BTHK: jax.Array) -> jax.Array:
+    batch, length, heads, width = x_BTHK.shape
+    return x_BTHK.swapaxes(1, 2).reshape(batch * heads, length, width)
+
+
+def _grouped_rows(q, k, v, q_segments, k_segments, key, start, chunk, dropout):
+    """CPU: a row (one head of one sequence) at a time, so that its scores stay in cache; else all at once."""
+    rows = q.shape[0]
+    keys = None if key is None else jax.random.split(key, rows)
+    if jax.default_backend() != "cpu":
+        key = None if key is None else keys[0]
+        return _flash(q, k, v, q_segments, k_segments, key, start, chunk, dropout)
+
+    def one(_, row):
+        q, k, v, q_segments, k_segments, key = row
+        lead = jax.tree.map(lambda x: x[None], (q, k, v, q_segments, k_segments))
+        return None, _flash(*lead, key, start, chunk, dropout)[0]
+
+    return jax.lax.scan(one, None, (q, k, v, q_segments, k_segments, keys))[1]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+def _flash(q_RTK, k_RSK, v_RSK, q_segments, k_segments, key, start, chunk, dropout):
+    """Attention of queries start..start+T over keys 0..S, never keeping [T, S]; all arrays local."""
+    return _flash_forward(q_RTK, k_RSK, v_RSK, q_segments, k_segments, key, start, chunk, dropout)[0]
+
+
+def _pieces(queries: int, keys: int, chunk: int) -> list[tuple[int, int, int]]:
+    """(first, last, number of keys) of each chunk of queries: keys past them all are left out.
+
+    A query i of a shard sees at most keys - queries + i + 1 keys, whichever shard it is.
+    """
+    chunk = max(chunk, -(-queries // MAX_PIECES))
+    stops = [(first, min(first + chunk, queries)) for first in range(0, queries, chunk)]
+    return [(first, stop, keys - queries + stop) for first, stop in stops]
+
+
+def _probabilities(q, k, q_segments, k_segments, start, lse=None):
+    scores = jnp.einsum("rqk,rsk->rqs", q, k, preferred_element_type=jnp.float32)
+    queries, keys = scores.shape[1:]
+    allowed = (start + jnp.arange(queries))[:, None] >= jnp.arange(keys)[None]
+    if q_segments is not None:
+        allowed = allowed & (q_segments[:, :, None] == k_segments[:, None, :])
+    scores = jnp.where(allowed, scores * q.shape[-1] ** -0.5, MASKED)
+    if lse is None:
+        lse = jax.nn.logsumexp(scores, axis=-1)
+    return jnp.exp(scores - lse[..., None]), lse
+
+
+def _kept(key, piece, shape, dropout):
+    """Multipliers of the attention probabilities: 0 or 1 / (1 - dropout)."""
+    keep = jax.random.bernoulli(jax.random.fold_in(key, piece), 1 - dropout, shape)
+    return keep.astype(jnp.float32) / (1 - dropout)
+
+
+def _cut(x, first, stop):
+    return None if x is None else x[:, first:stop]
+
+
+def _flash_forward(q, k, v, q_segments, k_segments, key, start, chunk, dropout):
+    outs, lses = [], []
+    for piece, (first, stop, keys) in enumerate(_pieces(q.shape[1], k.shape[1], chunk)):
+        p, lse = _probabilities(
+            q[:, first:stop], k[:, :keys],
+            _cut(q_segments, first, stop), _cut(k_segments, 0, keys), start + first,
+        )  # fmt: skip
+        if dropout > 0:
+            p = p * _kept(key, piece, p.shape, dropout)
+        outs.append(jnp.einsum("rqs,rsk->rqk", p.astype(v.dtype), v[:, :keys]))
+        lses.append(lse)
+    out, lse = jnp.concatenate(outs, axis=1), jnp.concatenate(lses, axis=1)
+    return out, (q, k, v, q_segments, k_segments, key, start, out, lse)
+
+
+def _flash_backward(chunk, dropout, saved, d_out):
+    q, k, v, q_segments, k_segments, key, start, out, lse = saved
+    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    dqs = []
+    dk, dv = jnp.zeros_like(k, jnp.float32), jnp.zeros_like(v, jnp.float32)
+    for piece, (first, stop, keys) in enumerate(_pieces(q.shape[1], k.shape[1], chunk)):
+        q_piece, k_piece, d_piece = q[:, first:stop], k[:, :keys], d_out[:, first:stop]
+        p, _ = _probabilities(
+            q_piece, k_piece, _cut(q_segments, first, stop), _cut(k_segments, 0, keys),
+            start + first, lse[:, first:stop],
+        )  # fmt: skip
+        d_p = jnp.einsum("rqk,rsk->rqs", d_piece, v[:, :keys], preferred_element_type=jnp.float32)
+        kept = _kept(key, piece, p.shape, dropout) if dropout > 0 else 1.0
+        d_scores = (p * (d_p * kept - delta[:, first:stop, None]) * q.shape[-1] ** -0.5).astype(q.dtype)
+        dqs.append(jnp.einsum("rqs,rsk->rqk", d_scores, k_piece))
+        dk = dk.at[:, :keys].add(jnp.einsum("rqs,rqk->rsk", d_scores, q_piece))
+        dv = dv.at[:, :keys].add(jnp.einsum("rqs,rqk->rsk", (p * kept).astype(v.dtype), d_piece))
+    return jnp.concatenate(dqs, axis=1), dk.astype(k.dtype), dv.astype(v.dtype), None, None, None, None
+
+
+_flash.defvjp(_flash_forward, _flash_backward)

@@ -1,0 +1,171 @@
+"""One place where a config is checked, whole, before anything compiles or is written."""
+
+import math
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A mistake of the user's: one line that names the field, its value and the fix."""
+
+    def __init__(self, field: str, value: object, message: str):
+        shown = f"{value!r}" if value is not None else "unset"
+        super().__init__(f"{field}={shown}: {message}")
+        self.field = field
+
+
+CHOICES = {
+    "model.activation": ("silu", "swiglu"),
+    "model.dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "block"),
+    "model.attention": ("auto", "xla", "chunked", "cudnn"),
+    "model.moe": ("auto", "blocks", "ragged"),
+    "optimizer.name": ("muon", "adamw"),
+    "optimizer.schedule": ("constant", "cosine", "wsd"),
+    "data.source": ("stdlib", "text", "jsonl", "parquet", "hf"),
+    "data.protocol": ("clean", "published"),
+}
+AT_LEAST_ONE = (
+    "batch_size", "seq_len", "model.num_layers", "model.d_model", "model.num_heads", "model.d_ff",
+    "model.num_experts", "model.experts_per_token", "model.vocab_size", "model.attention_chunk",
+    "model.moe_block", "model.loss_chunk", "train.accumulation", "train.log_every", "train.keep_last",
+    "eval.num_targets", "eval.batch_tokens",
+)  # fmt: skip
+AT_LEAST_ZERO = (
+    "model.router_noise", "model.balance_weight", "optimizer.weight_decay", "optimizer.muon_weight_decay",
+    "optimizer.clip_norm", "train.eval_every", "train.checkpoint_every", "data.shuffle_block",
+    "data.max_documents", "data.max_document_chars", "data.max_tokens", "data.max_epochs",
+)  # fmt: skip
+SHARES = ("model.dropout", "optimizer.momentum", "optimizer.beta1", "optimizer.beta2")  # [0, 1)
+FRACTIONS = ("optimizer.warmup_fraction", "optimizer.decay_fraction", "optimizer.final_fraction")  # [0, 1]
+POSITIVE = (
+    "optimizer.learning_rate", "optimizer.adamw_learning_rate", "optimizer.epsilon",
+    "model.rope_base", "model.norm_epsilon", "model.init_stddev",
+)  # fmt: skip
+
+
+def num_steps(config: Any) -> int:
+    """Steps of a run: config.train.steps, or as many as make up config.train.tokens (rounded up)."""
+    if config.train.steps is not None:
+        return config.train.steps
+    return math.ceil(config.train.tokens / (config.batch_size * config.seq_len))
+
+
+def validate(config: Any, mesh_shape: tuple[int, int, int], platform: str) -> None:
+    """Every check that needs no data, for a mesh of (data, expert, seq) devices on 'cpu', 'gpu' or 'tpu'.
+
+    Raises: ConfigError, of the first mistake found.
+    """
+    _validate_ranges(config)
+    _validate_model(config.model)
+    _validate_length(config)
+    _validate_shards(config, mesh_shape)
+    _validate_backends(config, mesh_shape, platform)
+    _validate_eval(config)
+
+
+def _field(config: Any, name: str) -> Any:
+    for part in name.split("."):
+        config = config[part]
+    return config
+
+
+def _require(config: Any, names: tuple[str, ...], holds: Any, rule: str) -> None:
+    for name in names:
+        value = _field(config, name)
+        if not holds(value):
+            raise ConfigError(f"config.{name}", value, rule)
+
+
+def _validate_ranges(config: Any) -> None:
+    for name, choices in CHOICES.items():
+        if _field(config, name) not in choices:
+            raise ConfigError(f"config.{name}", _field(config, name), f"choose one of {', '.join(choices)}")
+    _require(config, AT_LEAST_ONE, lambda v: v >= 1, "must be 1 or more")
+    _require(config, AT_LEAST_ZERO, lambda v: v >= 0, "must be 0 or more")
+    _require(config, SHARES, lambda v: 0 <= v < 1, "must be 0 or more, and less than 1")
+    _require(config, FRACTIONS, lambda v: 0 <= v <= 1, "must lie between 0 and 1")
+    _require(config, POSITIVE, lambda v: v > 0, "must be more than 0")
+    _require(config, ("data.heldout_fraction",), lambda v: 0 < v < 1, "must lie between 0 and 1, both excluded")
+
+
+def _validate_model(model: Any) -> None:
+    if model.d_model % model.num_heads:
+        raise ConfigError(
+            "config.model.d_model", model.d_model,
+            f"not divisible by config.model.num_heads={model.num_heads}; choose a multiple",
+        )  # fmt: skip
+    if (model.d_model // model.num_heads) % 2:
+        raise ConfigError(
+            "config.model.num_heads", model.num_heads,
+            f"gives heads of {model.d_model // model.num_heads}; rotary pairs need an even width",
+        )  # fmt: skip
+    if model.experts_per_token > model.num_experts:
+        raise ConfigError(
+            "config.model.experts_per_token", model.experts_per_token,
+            f"more than config.model.num_experts={model.num_experts}; a token cannot choose an expert twice",
+        )  # fmt: skip
+
+
+def _validate_length(config: Any) -> None:
+    steps, tokens = config.train.steps, config.train.tokens
+    if steps is not None and tokens is not None:
+        raise ConfigError(
+            "config.train.steps", steps,
+            f"config.train.tokens={tokens} is set too; set one (--config.train.tokens=None clears it)",
+        )  # fmt: skip
+    if steps is None and tokens is None:
+        raise ConfigError("config.train.steps", None, "set config.train.steps or config.train.tokens")
+    name, value = ("steps", steps) if steps is not None else ("tokens", tokens)
+    if value < 1:
+        raise ConfigError(f"config.train.{name}", value, "must be 1 or more")
+
+
+def _validate_shards(config: Any, mesh_shape: tuple[int, int, int]) -> None:
+    data, _, seq = mesh_shape
+    rows = data * config.train.accumulation
+    if config.batch_size % rows:
+        raise ConfigError(
+            "config.batch_size", config.batch_size,
+            f"not divisible by the data axis times accumulation, {data} x {config.train.accumulation}"
+            f" = {rows}; the nearest that is: {max(1, round(config.batch_size / rows)) * rows}",
+        )  # fmt: skip
+    if config.seq_len % seq:
+        raise ConfigError(
+            "config.seq_len", config.seq_len, f"not divisible by the seq axis of {seq}; choose a multiple"
+        )
+    if config.mesh.fsdp and config.model.d_model % (data * seq):
+        raise ConfigError(
+            "config.model.d_model", config.model.d_model,
+            f"config.mesh.fsdp shards it over {data * seq} devices, which do not divide it",
+        )  # fmt: skip
+
+
+def _validate_backends(config: Any, mesh_shape: tuple[int, int, int], platform: str) -> None:
+    if config.model.attention != "cudnn":
+        return
+    problem = None
+    if platform != "gpu":
+        problem = f"runs on NVIDIA GPUs, and this is {platform}"
+    elif config.data.mask_documents:
+        problem = "cannot mask documents (config.data.mask_documents)"
+    elif config.model.dropout > 0:
+        problem = f"cannot drop attention probabilities (config.model.dropout={config.model.dropout})"
+    elif config.model.dtype != "bfloat16":
+        problem = f"computes in bfloat16, not config.model.dtype={config.model.dtype}"
+    elif mesh_shape[2] > 1:
+        problem = "cannot divide positions (config.mesh.seq)"
+    if problem:
+        raise ConfigError("config.model.attention", "cudnn", f"{problem}; use chunked, xla or auto")
+
+
+def _validate_eval(config: Any) -> None:
+    contexts = config.eval.contexts
+    if not contexts or any(c < 4 or c % 4 for c in contexts) or list(contexts) != sorted(set(contexts)):
+        raise ConfigError(
+            "config.eval.contexts", tuple(contexts), "give rising multiples of 4 tokens, such as (24, 96)"
+        )
+    if config.data.shuffle_block % config.seq_len:
+        raise ConfigError(
+            "config.data.shuffle_block", config.data.shuffle_block,
+            f"not a multiple of config.seq_len={config.seq_len}; rows would be cut at its borders",
+        )  # fmt: skip

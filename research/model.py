@@ -1,0 +1,196 @@
+"""The MoE transformer: embed, blocks, tied head. Pure init and apply; a module holds only its config and parameters.
+
+Letters: B batch, T sequence, D width, H heads, K head width, E experts, F expert hidden, V vocabulary, L layers.
+Arrays carry their axes (`hidden_BTD`); activations are sharded P(('data', 'expert'), 'seq'). Every call runs under a mesh
+(`with jax.set_mesh(sharding.make_mesh(...))`), on one device too.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from research import attention, grouped, moe, sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The fields of `config.model` (see configs/base.py for what each means), and whether parameters are sharded."""
+
+    num_layers: int
+    d_model: int
+    num_heads: int
+    d_ff: int
+    num_experts: int
+    experts_per_token: int
+    vocab_size: int
+    activation: str = "silu"
+    tie_embeddings: bool = True
+    rope_base: float = 10_000.0
+    norm_epsilon: float = 1e-6
+    init_stddev: float = 0.02
+    dropout: float = 0.0
+    router_noise: float = 0.0
+    balance_weight: float = 0.01
+    dtype: str = "float32"
+    remat: str = "none"
+    attention: str = "auto"
+    attention_chunk: int = 256
+    moe: str = "auto"
+    moe_block: int = 256
+    loss_chunk: int = 1024
+    fsdp: bool = False
+
+
+def rms_norm(x: jax.Array, scale_D: jax.Array, epsilon: float) -> jax.Array:
+    """x / rms(x) * scale over the last axis, in float32 (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + epsilon)
+    return (y * scale_D).astype(x.dtype)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """x with a share `rate` of its entries set to 0 and the rest scaled up; the same draw on every mesh."""
+    if key is None or rate == 0:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape, out_sharding=jax.typeof(x).sharding)
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+def make_expert(activation: str, dropout_rate: float) -> grouped.Expert:
+    """One expert: down(drop(silu(up x))), or gated: down(drop(silu(gate x) * (up x))) (Shazeer 2020, arXiv:2002.05202)."""
+
+    def expert(x_MD: jax.Array, weights: dict, multiply: Callable, key: jax.Array | None) -> jax.Array:
+        hidden_MF = multiply(x_MD, weights["up"])
+        if activation == "swiglu":
+            hidden_MF = jax.nn.silu(multiply(x_MD, weights["gate"])) * hidden_MF
+        else:
+            hidden_MF = jax.nn.silu(hidden_MF)
+        if key is not None:
+            keep = jax.random.bernoulli(key, 1 - dropout_rate, hidden_MF.shape)
+            hidden_MF = jnp.where(keep, hidden_MF / (1 - dropout_rate), 0).astype(hidden_MF.dtype)
+        return multiply(hidden_MF, weights["down"])
+
+    return expert
+
+
+class Block(nn.Module):
+    """Pre-norm attention and experts, each with a residual: hidden [B, T, D] -> (hidden, router sums)."""
+
+    config: ModelConfig
+    train: bool
+
+    @nn.compact
+    def __call__(self, hidden_BTD: jax.Array, rotary: tuple, segments_BT: jax.Array | None):
+        c = self.config
+        normed = rms_norm(hidden_BTD, self.weight("attention_norm", (c.d_model,), None), c.norm_epsilon)
+        hidden_BTD += dropout(self.attention(normed, rotary, segments_BT), c.dropout, self.key("dropout"))
+        normed = rms_norm(hidden_BTD, self.weight("moe_norm", (c.d_model,), None), c.norm_epsilon)
+        out_BTD, sums = self.experts(normed)
+        return hidden_BTD + dropout(out_BTD, c.dropout, self.key("dropout")), sums
+
+    def attention(self, x_BTD: jax.Array, rotary: tuple, segments_BT: jax.Array | None) -> jax.Array:
+        c = self.config
+        D, H = c.d_model, c.num_heads
+        K = D // H
+        qkv = self.use(self.weight("qkv", (D, 3, H, K), 0))
+        out = self.use(self.weight("attention_out", (H, K, D), 2))
+        q, k, v = jnp.moveaxis(jnp.einsum("btd,dchk->btchk", x_BTD, qkv), 2, 0)
+        rate = c.dropout if self.train else 0.0
+        backend = attention.resolve_backend(
+            c.attention, jax.default_backend(), dropout=rate, masked=segments_BT is not None,
+            seq=jax.sharding.get_abstract_mesh().shape["seq"],
+        )  # fmt: skip
+        mixed_BTHK = attention.attend(
+            attention.rotate(q, *rotary), attention.rotate(k, *rotary), v,
+            backend=backend, chunk=c.attention_chunk, segments_BT=segments_BT,
+            dropout=rate, key=self.key("dropout"),
+        )  # fmt: skip
+        return jnp.einsum("bthk,hkd->btd", mixed_BTHK, out)
+
+    def experts(self, x_BTD: jax.Array) -> tuple[jax.Array, dict]:
+        c = self.config
+        D, E, F = c.d_model, c.num_experts, c.d_ff
+        router = sharding.gather(self.weight("router", (D, E), 0), jnp.float32)
+        names = ("up", "gate") if c.activation == "swiglu" else ("up",)
+        weights = {name: self.use(self.weight(name, (E, D, F), 1)) for name in names}
+        weights["down"] = self.use(self.weight("down", (E, F, D), 2))
+        return moe.moe(
+            x_BTD, router, weights, make_expert(c.activation, c.dropout),
+            num_chosen=c.experts_per_token,
+            backend=grouped.resolve_backend(c.moe, jax.default_backend()),
+            block=c.moe_block,
+            noise=c.router_noise,
+            noise_key=self.key("router"),
+            dropout_key=self.key("dropout") if c.dropout > 0 else None,
+        )  # fmt: skip
+
+    def weight(self, name: str, shape: tuple[int, ...], sharded_dim: int | None) -> jax.Array:
+        return parameter(self, name, shape, sharded_dim, self.config)
+
+    def use(self, weight: jax.Array) -> jax.Array:
+        return sharding.gather(weight, self.config.dtype)
+
+    def key(self, name: str) -> jax.Array | None:
+        return self.make_rng(name) if self.train else None
+
+
+def parameter(
+    module: nn.Module, name: str, shape: tuple[int, ...], sharded_dim: int | None, config: ModelConfig
+) -> jax.Array:
+    """A float32 parameter born with its sharding: a norm's scale (sharded_dim None) of ones, else N(0, stddev^2)."""
+    normal = nn.initializers.normal(config.init_stddev)
+    init = nn.initializers.ones if sharded_dim is None else normal
+    spec = sharding.shard_dim(len(shape), sharded_dim, config.fsdp)
+    return module.param(name, init, shape, jnp.float32, out_sharding=spec)
+
+
+class MoETransformer(nn.Module):
+    """Tokens [B, T] -> (hidden [B, T, D] after the last norm, router statistics of all layers).
+
+    Logits are `hidden @ output_table(params).T`: loss.py computes them a chunk at a time.
+    segments: int [B, T], attention stays inside each; positions: int [B, T] (default 0..T-1) for the rotary embedding.
+    train: dropout and router noise are on, drawn from the rngs `dropout` and `router`.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        *,
+        segments_BT: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
+        train: bool = False,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        c = self.config
+        table = sharding.gather(parameter(self, "embedding", (c.vocab_size, c.d_model), 1, c), c.dtype)
+        if not c.tie_embeddings:
+            parameter(self, "head", (c.vocab_size, c.d_model), 1, c)
+        hidden_BTD = table.at[tokens_BT].get(out_sharding=sharding.HIDDEN) * c.d_model**0.5
+        hidden_BTD = dropout(hidden_BTD, c.dropout, self.make_rng("dropout") if train else None)
+        if positions_BT is None:
+            positions_BT = jnp.arange(tokens_BT.shape[1])[None]
+        rotary = attention.rotary_tables(positions_BT, c.d_model // c.num_heads, c.rope_base)
+
+        layers = nn.scan(
+            nn.remat(Block, prevent_cse=False) if c.remat == "block" else Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True, "router": True},
+            in_axes=nn.broadcast,
+            length=c.num_layers,
+        )(c, train, name="layers")
+        hidden_BTD, sums = layers(hidden_BTD, rotary, segments_BT)
+        scale_D = parameter(self, "final_norm", (c.d_model,), None, c)
+        hidden_BTD = rms_norm(hidden_BTD, scale_D, c.norm_epsilon)
+        hidden_BTD = dropout(hidden_BTD, c.dropout, self.make_rng("dropout") if train else None)
+        return hidden_BTD, moe.router_statistics(sums, tokens_BT.size)
+
+
+def output_table(params: Any, dtype: Any) -> jax.Array:
+    """[V, D], gathered: the head, or the embedding where they are tied."""
+    return sharding.gather(params.get("head", params["embedding"]), dtype)

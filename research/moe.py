@@ -1,0 +1,141 @@
+"""Mixture of experts: route, dispatch, experts, combine.
+
+Letters: B batch, T sequence, D width, N = B * T tokens, K experts a token, M = N * K assignments, E experts, F hidden.
+Routing is dropless: every token reaches all K experts it chose, whatever the load.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from research import grouped
+from research.sharding import AXES, BATCH, HIDDEN, varying
+
+
+def route(logits_NE: jax.Array, num_chosen: int) -> tuple[jax.Array, jax.Array]:
+    """The experts of each token (int32 [N, K], best first) and their weights [N, K]: the softmax of the chosen logits."""
+    chosen_NK, experts_NK = jax.lax.top_k(logits_NE, num_chosen)
+    return experts_NK.astype(jnp.int32), jax.nn.softmax(chosen_NK, axis=-1)
+
+
+def sort_by_expert(experts_NK: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(order_M, rank_M, sizes_E): sorted row r is assignment order[r]; assignment a is sorted row rank[a]."""
+    flat_M = experts_NK.reshape(-1)
+    order_M = jnp.argsort(flat_M, stable=True)
+    rank_M = jnp.argsort(order_M)
+    sizes_E = jnp.sum(flat_M[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
+    return order_M, rank_M, sizes_E
+
+
+@jax.custom_vjp
+def dispatch(x_ND: jax.Array, order_M: jax.Array, rank_M: jax.Array) -> jax.Array:
+    """Sorted rows [M, D] of the tokens, one for each assignment (M a multiple of N).
+
+    Own gradient: a gather by the inverse permutation and a sum over K, where autodiff would scatter.
+    """
+    return x_ND[order_M // (order_M.shape[0] // x_ND.shape[0])]
+
+
+def _dispatch_forward(x_ND, order_M, rank_M):
+    return dispatch(x_ND, order_M, rank_M), (rank_M, x_ND.shape[0])
+
+
+def _dispatch_backward(saved, d_MD):
+    rank_M, tokens = saved
+    return d_MD[rank_M].reshape(tokens, -1, d_MD.shape[-1]).sum(axis=1), None, None
+
+
+dispatch.defvjp(_dispatch_forward, _dispatch_backward)
+
+
+@jax.custom_vjp
+def collect(y_MD: jax.Array, order_M: jax.Array, rank_M: jax.Array) -> jax.Array:
+    """Rows back in the order of the assignments; its gradient is the inverse permutation, again a gather."""
+    return y_MD[rank_M]
+
+
+collect.defvjp(
+    lambda y_MD, order_M, rank_M: (y_MD[rank_M], order_M),
+    lambda order_M, d_MD: (d_MD[order_M], None, None),
+)
+
+
+def moe(
+    x_BTD: jax.Array,
+    router_DE: jax.Array,
+    weights: Any,
+    expert: grouped.Expert,
+    *,
+    num_chosen: int,
+    backend: str,
+    block: int,
+    noise: float = 0.0,
+    noise_key: jax.Array | None = None,
+    dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """One layer of experts: (out [B, T, D], statistics).
+
+    weights: pytree of [E, ...], replicated. noise: standard deviation added to the router's logits, drawn from noise_key.
+    statistics, each shard's own sums [shards of B, shards of T, E], to be added up once for all layers: `assignments`
+    (how many went to each expert) and `probability` (of the softmax over all experts).
+    """
+    logits_BTE = jnp.einsum("btd,de->bte", x_BTD.astype(jnp.float32), router_DE)
+    if noise > 0 and noise_key is not None:
+        sharding = jax.typeof(logits_BTE).sharding
+        logits_BTE += noise * jax.random.normal(noise_key, logits_BTE.shape, out_sharding=sharding)
+
+    def local(x_BTD, logits_BTE, weights, *key):
+        x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+        logits_NE = logits_BTE.reshape(x_ND.shape[0], -1)
+        experts_NK, share_NK = route(logits_NE, num_chosen)
+        order_M, rank_M, sizes_E = sort_by_expert(experts_NK, logits_NE.shape[-1])
+        shard_key = _shard_key(key[0]) if key else None
+        y_MD = grouped.apply_experts(
+            expert, dispatch(x_ND, order_M, rank_M), varying(weights), sizes_E,
+            backend=backend, block=block, key=shard_key,
+        )  # fmt: skip
+        y_NKD = collect(y_MD, order_M, rank_M).reshape(*experts_NK.shape, -1)
+        out_ND = jnp.einsum("nkd,nk->nd", y_NKD, share_NK.astype(y_NKD.dtype))
+        probability_E = jax.nn.softmax(logits_NE, axis=-1).sum(axis=0)
+        statistics = dict(assignments=sizes_E.astype(jnp.float32), probability=probability_E)
+        return out_ND.reshape(x_BTD.shape), jax.tree.map(lambda s: s[None, None], statistics)
+
+    keys = () if dropout_key is None else (dropout_key,)
+    sums = dict(assignments=P(BATCH, "seq", None), probability=P(BATCH, "seq", None))
+    run = jax.shard_map(
+        local,
+        in_specs=(HIDDEN, HIDDEN, P(), *[P() for _ in keys]),
+        out_specs=(HIDDEN, sums),
+    )
+    return run(x_BTD, logits_BTE, weights, *keys)
+
+
+def _shard_key(key: jax.Array) -> jax.Array:
+    key = varying(key)
+    for axis in AXES:
+        key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+    return key
+
+
+def router_statistics(sums: dict[str, jax.Array], num_tokens: int) -> dict[str, jax.Array]:
+    """Of all layers at once, from the shards' sums [L, b, t, E] over `num_tokens` tokens.
+
+    load_LE: share of the assignments; probability_LE: mean router probability; balance_L: E * sum(load * probability),
+    1 when uniform (Shazeer et al. 2017; Fedus et al. 2021, arXiv:2101.03961, eq. 4), with a gradient through the
+    probability only; max_violation_L: largest load over the mean, minus 1; entropy_L: of the load, over ln E.
+    """
+    assignments_LE = sums["assignments"].sum(axis=(1, 2))
+    load_LE = jax.lax.stop_gradient(assignments_LE / assignments_LE.sum(axis=-1, keepdims=True))
+    probability_LE = sums["probability"].sum(axis=(1, 2)) / num_tokens
+    num_experts = load_LE.shape[-1]
+    entropy_L = -jnp.sum(jax.scipy.special.xlogy(load_LE, load_LE), axis=-1)
+    return dict(
+        load=load_LE,
+        probability=probability_LE,
+        balance=num_experts * jnp.sum(load_LE * probability_LE, axis=-1),
+        max_violation=num_experts * load_LE.max(axis=-1) - 1,
+        entropy=entropy_L / max(math.log(num_experts), 1e-9),
+    )
