@@ -111,7 +111,7 @@ def _validate_length(config: Any) -> None:
     if steps is not None and tokens is not None:
         raise ConfigError(
             "config.train.steps", steps,
-            f"config.train.tokens={tokens} is set too; set one (--config.train.tokens=None clears it)",
+            f"config.train.tokens={tokens} is set too; set one of them",
         )  # fmt: skip
     if steps is None and tokens is None:
         raise ConfigError("config.train.steps", None, "set config.train.steps or config.train.tokens")

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from research import loss, sharding
@@ -110,29 +109,3 @@ def _host(x: jax.Array) -> np.ndarray:
     from jax.experimental import multihost_utils
 
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-
-
-def summarize(
-    nll: np.ndarray, right: np.ndarray, ids: np.ndarray, token_bytes: np.ndarray, context: int
-) -> dict[str, float]:
-    """Sums over counts: loss in nats a token, perplexity, accuracy, bits per byte of the targets' text."""
-    total, num_bytes = float(nll.sum(dtype=np.float64)), int(token_bytes[ids].sum())
-    mean = total / len(nll)
-    return dict(
-        loss=mean,
-        perplexity=math.exp(mean) if mean < 700 else math.inf,
-        accuracy=float(right.mean()),
-        bits_per_byte=total / math.log(2) / num_bytes if num_bytes else None,
-        targets=len(nll),
-        context=context,
-    )
-
-
-def heldout_loss(summaries: dict[str, dict]) -> float:
-    """The one number that `best` means: the loss at the longest context, else at the strategy's own length."""
-    contexts = [name for name in summaries if name != "own"]
-    return summaries[max(contexts, key=int) if contexts else "own"]["loss"]
-
-
-def is_finite(metrics: dict[str, jnp.ndarray]) -> bool:
-    return all(np.isfinite(metrics[name]).all() for name in ("loss", "grad_norm"))

@@ -91,7 +91,7 @@ def _blocks_backward(expert, block, saved, dy_MD):
             dx = lax.dynamic_update_slice_in_dim(dx, d_rows, at, 0)
             return dx, jax.tree.map(lambda total, g: total + g.astype(total.dtype), dw, d_w)
 
-        zeros = jax.tree.map(lambda a: _zeros(a, jnp.float32), w)
+        zeros = jax.tree.map(lambda a: _zeros(a, jnp.promote_types(a.dtype, jnp.float32)), w)
         dx, dw = lax.fori_loop(0, ceil_div(size, block), one_block, (dx, zeros))
         return dx, jax.tree.map(lambda total, a: total.astype(a.dtype), dw, w)
 

@@ -1,0 +1,76 @@
+"""A script's --config=file.py:scale, --config.field=value and --workdir, with one clear line for each mistake."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from configs import base
+from research.config import ConfigError
+
+
+def read_flags(argv: Sequence[str]) -> tuple[ConfigDict, str]:
+    """(config, workdir) of `--config=... --workdir=... [--config.field=value ...]`.
+
+    Raises: ConfigError for an argument that is unknown, missing or wrong.
+    """
+    values, overrides = {}, []
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        if name in ("--config", "--workdir") and equals and value:
+            values[name] = value
+        elif name.startswith("--config.") and equals:
+            overrides.append(argument)
+        else:
+            raise ConfigError(
+                "argument", argument, "unknown; give --config=FILE:SCALE, --workdir=FOLDER, --config.FIELD=VALUE"
+            )
+    for name, example in (("--config", "configs/balanced.py:cpu"), ("--workdir", "runs/balanced")):
+        if name not in values:
+            raise ConfigError(name, None, f"give it, such as {name}={example}")
+    return load_config(values["--config"], overrides), os.path.expanduser(values["--workdir"])
+
+
+def load_config(name: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """The locked config of `file.py[:scale]` with `--config.field=value` overrides.
+
+    Raises: ConfigError for a file, scale, field or value that is not there.
+    """
+    file, _, scale = name.partition(":")
+    if not Path(file).is_file():
+        raise ConfigError("--config", name, f"no such file {file}")
+    if scale and scale not in base.SCALES:
+        raise ConfigError("--config", name, f"no scale {scale}; choose one of {', '.join(base.SCALES)}")
+    config = _parse([f"--config={name}"])
+    for override in overrides:
+        field, equals, value = override.removeprefix("--").partition("=")
+        if not equals or not field.startswith("config."):
+            raise ConfigError("argument", override, "write overrides as --config.FIELD=VALUE")
+        path = field.removeprefix("config.")
+        try:
+            known = config_flags.config_path.get_value(path, config)
+        except (AttributeError, KeyError, TypeError):
+            raise ConfigError(field, value, "no such field; configs/base.py names them all") from None
+        if isinstance(known, ConfigDict):
+            raise ConfigError(field, value, f"is a group; set one of its fields: {', '.join(known)}")
+        try:
+            _parse([f"--config={name}", override])
+        except (flags.Error, TypeError, ValueError) as error:
+            message = str(error).splitlines()[0].removeprefix(f"flag {override}: ")
+            raise ConfigError(field, value, message) from None
+    config = _parse([f"--config={name}", *overrides])
+    given = {override.partition("=")[0].removeprefix("--config.train.") for override in overrides}
+    for length, other in (("steps", "tokens"), ("tokens", "steps")):
+        if length in given and other not in given:
+            config.train[other] = None  # a length on the command line replaces the file's
+    return config
+
+
+def _parse(arguments: Sequence[str]) -> ConfigDict:
+    values = flags.FlagValues()
+    argv = ["train", *arguments]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv, lock_config=True)
+    values(argv)
+    return values.config

@@ -1,0 +1,84 @@
+"""How every figure of a study looks: one colour, marker and line a strategy; a light frame."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from research.analysis.study import Run, write_bytes
+
+# Okabe and Ito's colours, told apart by colour-blind readers too; (colour, marker, line) of a
+# strategy.
+_STYLES = (
+    ("#0072B2", "o", "-"),
+    ("#D55E00", "s", (0, (5, 1.5))),
+    ("#009E73", "^", (0, (3, 1.2, 1, 1.2))),
+    ("#CC79A7", "D", (0, (1, 1))),
+    ("#E69F00", "v", (0, (7, 1.5, 1, 1.5))),
+    ("#56B4E9", "P", (0, (2, 2))),
+)
+_KNOWN = ("balanced", "long_seq", "large_batch")  # keep their colours whatever else is drawn
+INK, FAINT = "#333333", "#8A8A8A"
+LOOK = {
+    "font.size": 11,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.8,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.size": 3,
+    "ytick.major.size": 3,
+    "lines.linewidth": 1.9,
+    "lines.markersize": 6.5,
+    "legend.frameon": False,
+    "svg.hashsalt": "batch-or-length",  # the same file for the same numbers
+}
+
+
+def styles_of(strategies: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Arguments of `Axes.plot` for each strategy."""
+    others = [name for name in strategies if name not in _KNOWN]
+    order = [*_KNOWN, *others]
+    styles = {}
+    for name in strategies:
+        color, marker, line = _STYLES[order.index(name) % len(_STYLES)]
+        styles[name] = {"color": color, "marker": marker, "linestyle": line}
+    return styles
+
+
+def legend(figure: Figure, axes: Axes, finished: Sequence[Run], note: str) -> None:
+    """Above the panels, so that it covers no line; below them what the marks mean, or a leak."""
+    handles, labels = axes.get_legend_handles_labels()
+    columns = 2 if len(labels) == 4 else 3
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, handlelength=3.8)
+    color = "#666666"
+    if any(run.result["protocol"] == "published" for run in finished):
+        note, color = "LEAKING: these losses measure memorisation.  " + note, "#B03A00"
+    figure.supxlabel(note, fontsize=9, color=color)
+
+
+def name_of(run: Run) -> str:
+    """A run as legends call it: its strategy and B×T."""
+    return f"{run.strategy}  {run.result['batch_size']}×{run.result['seq_len']}"
+
+
+def save(figure: Figure, folder: Path, name: str) -> None:
+    """Writes `<name>.svg` and `<name>.png` (150 dpi); the same figure gives the same bytes."""
+    FigureCanvasAgg(figure)
+    for kind in ("svg", "png"):
+        content = io.BytesIO()
+        metadata = {"Date": None} if kind == "svg" else {"Software": None}
+        figure.savefig(content, format=kind, dpi=150, metadata=metadata)
+        write_bytes(folder / f"{name}.{kind}", content.getvalue())

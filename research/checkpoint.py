@@ -1,0 +1,179 @@
+"""Orbax behind a few functions: save, restore the newest that is whole, and claim a folder for one run.
+
+Saving is asynchronous: the arrays are copied off the device before `save` returns, and written in the background. A step
+counts once Orbax has renamed its folder; a kill in between leaves the steps before it. Each step holds a checksum of
+every array, so that what is damaged on disk later (cut off, missing, or changed) is skipped, not trained on.
+"""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from research.config import ConfigError
+
+# Where a resume may differ from the run it goes on with: what is computed stays the same.
+FREE = ("mesh", "train.log_every", "train.checkpoint_every", "train.keep_last", "train.keep_best", "data.cache_dir")
+log = logging.getLogger(__name__)
+
+
+def open_manager(workdir: str, keep_last: int, keep_best: bool) -> ocp.CheckpointManager:
+    """The checkpoints of a run: the last `keep_last` are kept, and the one with the lowest held-out loss."""
+    policies = [LatestN(n=keep_last)]
+    if keep_best:
+        best = BestN(get_metric_fn=lambda m: -m["heldout_loss"], n=1, keep_checkpoints_without_metrics=False)
+        policies.append(best)
+    options = ocp.CheckpointManagerOptions(preservation_policy=AnyPreservationPolicy(policies))
+    return ocp.CheckpointManager(Path(workdir).absolute() / "checkpoints", options=options)
+
+
+def save(
+    manager: ocp.CheckpointManager, step: int, state: Any, meta: dict[str, Any], metric: float | None
+) -> None:
+    """Starts to save `state` (a pytree of arrays) and `meta` (JSON); a step that is there already is left.
+
+    metric: the held-out loss, lower is better; None where it was not measured.
+    """
+    if step in manager.all_steps():
+        return
+    content = dict(meta, checksums=_checksums(state))
+    manager.save(
+        step,
+        args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(content)),
+        metrics=None if metric is None else {"heldout_loss": float(metric)},
+        force=True,
+    )
+
+
+def restore(manager: ocp.CheckpointManager, abstract_state: Any) -> tuple[Any, dict[str, Any]] | None:
+    """(state, meta) of the newest checkpoint that is whole; None where there is none.
+
+    abstract_state: pytree of jax.ShapeDtypeStruct with the shardings wanted, of any mesh (`abstract`). A damaged
+    checkpoint is set aside as <step>.damaged, with a warning, and the one before is taken.
+    Raises: RuntimeError where there are checkpoints and none can be read.
+    """
+    steps = sorted(manager.all_steps(), reverse=True)
+    for step in steps:
+        try:
+            return _restore(manager, step, abstract_state)
+        except Exception as error:  # whatever a damaged file makes the readers raise
+            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            log.warning("checkpoint of step %d is damaged and skipped: %s", step, reason)
+            _set_aside(manager, step)
+    if steps:
+        raise RuntimeError(f"no checkpoint in {manager.directory} can be read; remove the folder to start anew")
+    return None
+
+
+def _restore(manager: ocp.CheckpointManager, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+    args = ocp.args.Composite(
+        state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore()
+    )
+    found = manager.restore(step, args=args)
+    state, meta = found["state"], dict(found["meta"])
+    wanted = meta.pop("checksums")
+    wrong = [name for name, value in _checksums(state).items() if wanted.get(name) != value]
+    if wrong:
+        raise ValueError(f"array {wrong[0]} is not what was saved")
+    return state, meta
+
+
+def _set_aside(manager: ocp.CheckpointManager, step: int) -> None:
+    folder = Path(manager.directory) / str(step)
+    target = folder.with_name(f"{step}.damaged")
+    number = 1
+    while target.exists():
+        number += 1
+        target = folder.with_name(f"{step}.damaged{number}")
+    if jax.process_index() == 0:
+        os.replace(folder, target)
+    manager.reload()
+
+
+def _checksums(state: Any) -> dict[str, int]:
+    """Of each array by its path: the sum of its bits as 32-bit words (mod 2^32), on the devices that hold it."""
+
+    @jax.jit
+    def sums(leaves: list[jax.Array]) -> list[jax.Array]:
+        return [_bit_sum(leaf) for leaf in leaves]
+
+    paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(state), strict=True)
+    return {
+        jax.tree_util.keystr(path): int(value) for path, value in zip(paths, sums(list(leaves)), strict=True)
+    }
+
+
+def _bit_sum(x: jax.Array) -> jax.Array:
+    words = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(x, words).astype(jnp.uint32)
+    return jnp.sum(bits, dtype=jnp.uint32)
+
+
+def abstract(init: Callable[[], Any], mesh: Mesh) -> Any:
+    """Shapes, types and shardings on `mesh` of what `init()` returns, computing nothing. Call under the mesh."""
+
+    def bind(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = x.sharding.spec if isinstance(x.sharding, NamedSharding) else P()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(bind, jax.eval_shape(init))
+
+
+@contextlib.contextmanager
+def claim_workdir(workdir: str, config: dict[str, Any], fingerprint: str) -> Iterator[None]:
+    """Holds a folder for one run of one config and corpus; writes config.json the first time.
+
+    Raises: ConfigError where the folder cannot be written, another process is running in it, or it is the folder of
+    another config or corpus (the first field that differs is named).
+    """
+    folder = Path(workdir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115 (held until the run ends)
+    except OSError as error:
+        raise ConfigError("--workdir", workdir, f"cannot be written: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError("--workdir", workdir, "another process is running in it") from None
+        _claim(folder, json.loads(json.dumps(config)), fingerprint)
+        yield
+
+
+def _claim(folder: Path, config: dict[str, Any], fingerprint: str) -> None:
+    path = folder / "config.json"
+    if not path.exists():
+        new = path.with_suffix(".json.new")
+        new.write_text(json.dumps(dict(config, fingerprint=fingerprint), indent=1) + "\n")
+        os.replace(new, path)
+        return
+    before = json.loads(path.read_text())
+    if before.pop("fingerprint") != fingerprint:
+        raise ConfigError(
+            "--workdir", str(folder), "holds a run on another corpus; choose another folder"
+        )
+    for field, (old, new) in _differences(before, config):
+        if not any(field == free or field.startswith(f"{free}.") for free in FREE):
+            raise ConfigError(
+                f"config.{field}", new, f"{folder} holds a run with {old!r}; choose another --workdir"
+            )
+
+
+def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted({*old, *new}):
+            yield from _differences(old.get(name), new.get(name), f"{path}.{name}".lstrip("."))
+    elif old != new:
+        yield path, (old, new)

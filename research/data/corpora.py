@@ -1,0 +1,245 @@
+"""Where documents come from: one iterator over (id, text), whatever the source.
+
+A document is what the train / held-out split keeps whole: a source file, a line of a JSONL file, a
+row of a table.
+"""
+
+import gzip
+import json
+import os
+import sysconfig
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from research.config import ConfigError
+
+EXTENSIONS = {
+    "stdlib": (".py",),
+    "text": (".txt", ".md", ".py"),
+    "jsonl": (".jsonl", ".jsonl.gz"),
+    "parquet": (".parquet",),
+}
+SOURCES = (*EXTENSIONS, "hf")
+HUB_TIMEOUT = 10  # seconds until the Hugging Face hub counts as unreachable
+# Tests repeat themselves, packages are not the library, what a build writes names its machine.
+NOT_STDLIB = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__")
+BUILD_MADE = ("_sysconfigdata", "sitecustomize", "config-")
+
+
+@dataclass(frozen=True)
+class Document:
+    """`id` names the document within its corpus, without machine paths; `text` is never empty."""
+
+    id: str
+    text: str
+
+
+def documents(data_config: Any) -> Iterator[Document]:
+    """The documents of `config.data.source` in a fixed order, within its limits, no empty ones.
+
+    Raises: ConfigError for a missing or unreadable path, no documents, text that is not UTF-8, a
+    bad line or row.
+    """
+    for name in ("max_documents", "max_document_chars"):
+        if data_config[name] < 0:
+            raise ConfigError(f"config.data.{name}", data_config[name], "give 0 (no limit) or more")
+    count = 0
+    for document in _read(data_config):
+        if not document.text:
+            continue
+        _require_unicode(document, data_config)
+        count += 1
+        yield Document(document.id, document.text[: data_config.max_document_chars or None])
+        if count == data_config.max_documents:
+            return
+    if not count:
+        raise _bad_path(data_config, "every document in it is empty")
+
+
+def source_files(data_config: Any) -> list[tuple[str, Path]]:
+    """(name, path) of each file that `documents` reads, sorted by name; none for the source `hf`.
+
+    Raises: ConfigError where the source is unknown, or its path is missing or holds no such file.
+    """
+    source = data_config.source
+    if source not in SOURCES:
+        raise ConfigError("config.data.source", source, f"choose one of {', '.join(SOURCES)}")
+    if source == "hf":
+        return []
+    if source == "stdlib":
+        if data_config.path:
+            raise _bad_path(
+                data_config, "the source 'stdlib' takes no path; set config.data.source too"
+            )
+        root = Path(sysconfig.get_path("stdlib"))
+        found = _walk(root, data_config)
+        if not found:
+            raise ConfigError(
+                "config.data.source", source, f"no .py files in {root}; name another source"
+            )
+        return found
+    root = Path(data_config.path).expanduser()
+    if not data_config.path or not root.exists():
+        raise _bad_path(
+            data_config,
+            "no such file or folder; name a text file, a folder, .jsonl(.gz) or .parquet",
+        )
+    if root.is_file():
+        return [(root.name, root)]
+    found = _walk(root, data_config)
+    if not found:
+        raise _bad_path(data_config, f"no {', '.join(EXTENSIONS[source])} files in this folder")
+    return found
+
+
+def _read(data_config: Any) -> Iterator[Document]:
+    files = source_files(data_config)
+    if data_config.source == "hf":
+        yield from _read_hub(data_config)
+    for name, path in files:
+        try:
+            if data_config.source == "jsonl":
+                yield from _read_jsonl(name, path, data_config)
+            elif data_config.source == "parquet":
+                yield from _read_parquet(name, path, data_config)
+            else:
+                yield Document(name, _decode(path.read_bytes(), 0, name, data_config))
+        except (OSError, EOFError, zlib.error) as error:
+            raise _bad_path(data_config, f"{name} cannot be read: {error}") from error
+
+
+def _read_jsonl(name: str, path: Path, data_config: Any) -> Iterator[Document]:
+    field = data_config.text_field
+    start = 0  # byte in the file, after decompression
+    with gzip.open(path) if name.endswith(".gz") else open(path, "rb") as lines:
+        for number, raw in enumerate(lines, 1):
+            line = _decode(raw, start, name, data_config)
+            start += len(raw)
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise _bad_path(
+                    data_config, f"{name} line {number} is not JSON: {error}"
+                ) from error
+            if not isinstance(row, dict) or not isinstance(row.get(field), str):
+                has = f"it has {', '.join(row)}" if isinstance(row, dict) else "it is no object"
+                raise ConfigError(
+                    "config.data.text_field", field, f"{name} line {number} has no such text; {has}"
+                )
+            yield Document(f"{name}:{number}", row[field])
+
+
+def _read_parquet(name: str, path: Path, data_config: Any) -> Iterator[Document]:
+    import pyarrow
+    from pyarrow import parquet
+
+    field = data_config.text_field
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as table:
+            if field not in table.schema_arrow.names:
+                has = ", ".join(table.schema_arrow.names)
+                raise ConfigError(
+                    "config.data.text_field", field, f"{name} has no such column; it has {has}"
+                )
+            for batch in table.iter_batches(batch_size=1024, columns=[field]):
+                for value in batch.column(0):
+                    number += 1
+                    text = value.as_py()
+                    if not isinstance(text, str):
+                        message = f"{name} row {number} holds {type(text).__name__}, not text"
+                        raise ConfigError("config.data.text_field", field, message)
+                    yield Document(f"{name}:{number}", text)
+    except pyarrow.ArrowException as error:
+        raise _bad_path(data_config, f"{name} is not Parquet: {_one_line(error)}") from error
+    except UnicodeDecodeError as error:
+        message = f"{name} row {number}: byte {error.start} of the text is not UTF-8"
+        raise _bad_path(data_config, message) from error
+
+
+def _read_hub(data_config: Any) -> Iterator[Document]:
+    """Rows of a Hugging Face data set's train split, streamed."""
+    parts = data_config.path.split("/")
+    if len(parts) not in (2, 3) or not all(parts):
+        raise _bad_path(
+            data_config, "name a data set of the Hugging Face hub: owner/name or owner/name/config"
+        )
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError(
+            "config.data.source", "hf", "the package `datasets` is missing; pip install datasets"
+        ) from error
+    from huggingface_hub import HfApi
+
+    repository, field = "/".join(parts[:2]), data_config.text_field
+    try:
+        # `datasets` retries for minutes where the hub is out of reach: ask once, first.
+        HfApi().dataset_info(repository, timeout=HUB_TIMEOUT)
+        rows = datasets.load_dataset(
+            repository, name=parts[2] if len(parts) == 3 else None, split="train", streaming=True
+        )
+        for number, row in enumerate(rows):
+            if not isinstance(row.get(field), str):
+                has = f"row {number} has no such text; it has {', '.join(row)}"
+                raise ConfigError("config.data.text_field", field, has)
+            yield Document(f"{data_config.path}:{number}", row[field])
+    except ConfigError:
+        raise
+    except Exception as error:  # the hub's clients share no base class for what goes wrong
+        raise _bad_path(
+            data_config,
+            f"not readable from the Hugging Face hub ({_one_line(error)}); use a local copy",
+        ) from error
+
+
+def _walk(root: Path, data_config: Any) -> list[tuple[str, Path]]:
+    """Files with the source's extensions under `root`, hidden ones left out, sorted by relative
+    path."""
+
+    def stop(error: OSError) -> None:
+        raise _bad_path(data_config, f"a folder in it cannot be read: {error}") from error
+
+    stdlib = data_config.source == "stdlib"
+    found = []
+    for folder, folders, names in os.walk(root, onerror=stop):
+        if stdlib:
+            folders[:] = [name for name in folders if name not in NOT_STDLIB]
+            folders[:] = [name for name in folders if not name.startswith(BUILD_MADE)]
+            names = [name for name in names if not name.startswith(BUILD_MADE)]
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        names = [name for name in names if not name.startswith(".")]
+        found += [Path(folder, n) for n in names if n.endswith(EXTENSIONS[data_config.source])]
+    return sorted((path.relative_to(root).as_posix(), path) for path in found)
+
+
+def _decode(raw: bytes, start: int, name: str, data_config: Any) -> str:
+    """UTF-8 text of `raw`, which begins at byte `start` of the file `name`."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        message = (
+            f"{name}: byte {start + error.start} is not UTF-8; convert the file or leave it out"
+        )
+        raise _bad_path(data_config, message) from error
+
+
+def _require_unicode(document: Document, data_config: Any) -> None:
+    try:
+        document.text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
+        message = f"{document.id}: character {error.start} is half a surrogate pair, not text"
+        raise _bad_path(data_config, message) from error
+
+
+def _bad_path(data_config: Any, message: str) -> ConfigError:
+    return ConfigError("config.data.path", data_config.path, message)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -1,0 +1,180 @@
+"""Byte-level BPE: trained here, read from a file or the Hugging Face hub, or plain bytes.
+
+Byte-level BPE spells every byte with one character of a fixed alphabet of 256, so that any text can
+be encoded and the bytes that a token stands for can be counted: losses in bits per byte compare
+across tokenizers.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from research.config import ConfigError
+from research.data.corpora import HUB_TIMEOUT
+
+EOT = "<|endoftext|>"
+EOT_NAMES = (EOT, "<|end_of_text|>", "<|eot|>", "<eos>", "</s>")  # as published tokenizers call it
+BATCH_DOCUMENTS = 256
+BATCH_CHARS = 4_000_000  # an encoding takes about a hundred times its text in memory
+
+
+def load_tokenizer(config: Any, train_texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer that `config.data.tokenizer` names; only `bpe` reads `train_texts`.
+
+    Special tokens written out in a text are encoded as the plain text that they are there.
+    Raises: ConfigError where it cannot be had, is not byte-level, or has more tokens than
+    `config.model.vocab_size`.
+    """
+    name, vocab_size = config.data.tokenizer, config.model.vocab_size
+    if name == "bpe":
+        _require_room(257, vocab_size)
+        tokenizer = _train(train_texts, vocab_size)
+    elif name == "bytes":
+        tokenizer = _plain_bytes()
+    elif Path(name).expanduser().exists() or name.endswith(".json"):
+        tokenizer = _from_file(name)
+    else:
+        tokenizer = _from_hub(name)
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()  # a file can ask for both
+    tokenizer.no_padding()
+    _require_byte_level(tokenizer, name)
+    eot_id(tokenizer, name)
+    _require_room(tokenizer_size(tokenizer), vocab_size)
+    return tokenizer
+
+
+def tokenizer_size(tokenizer: Tokenizer) -> int:
+    """Number of ids: the largest one plus one, as a vocabulary may have holes."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def eot_id(tokenizer: Tokenizer, name: str = "") -> int:
+    """Id of the end-of-text token. Raises: ConfigError where there is none of a known name."""
+    for token in EOT_NAMES:
+        found = tokenizer.token_to_id(token)
+        if found is not None:
+            return found
+    known = ", ".join(EOT_NAMES)
+    raise ConfigError("config.data.tokenizer", name, f"it has no end-of-text token ({known})")
+
+
+def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
+    """int32 [V]: UTF-8 bytes that each token stands for; 0 for end-of-text.
+
+    Exact for byte-level BPE: over a text's tokens they sum to the text's bytes.
+    """
+    sizes_V = np.zeros(tokenizer_size(tokenizer), np.int32)
+    for token, index in tokenizer.get_vocab(with_added_tokens=False).items():
+        sizes_V[index] = len(token)  # one character of the alphabet a byte
+    for index, added in tokenizer.get_added_tokens_decoder().items():
+        sizes_V[index] = len(added.content.encode())
+    sizes_V[eot_id(tokenizer)] = 0
+    return sizes_V
+
+
+def encode(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[np.ndarray]:
+    """Ids int32 [n] of each text, in order, without special tokens; many texts at once on all
+    cores."""
+    batch: list[str] = []
+    chars = 0
+    for text in texts:
+        batch.append(text)
+        chars += len(text)
+        if len(batch) == BATCH_DOCUMENTS or chars >= BATCH_CHARS:
+            yield from _encode_batch(tokenizer, batch)
+            batch, chars = [], 0
+    yield from _encode_batch(tokenizer, batch)
+
+
+def _encode_batch(tokenizer: Tokenizer, texts: list[str]) -> Iterator[np.ndarray]:
+    for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+        yield np.array(encoding.ids, np.int32)
+
+
+def _byte_level(model: models.BPE) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    tokenizer = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _plain_bytes() -> Tokenizer:
+    """Id 0 is end-of-text, then the 256 bytes in the order of the alphabet's characters."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {EOT: 0} | {character: 1 + index for index, character in enumerate(alphabet)}
+    tokenizer = _byte_level(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.add_special_tokens([EOT])
+    return tokenizer
+
+
+def _from_file(name: str) -> Tokenizer:
+    path = Path(name).expanduser()
+    path = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        return Tokenizer.from_str(path.read_bytes().decode())
+    except OSError as error:
+        raise ConfigError("config.data.tokenizer", name, f"cannot be read: {error}") from error
+    except Exception as error:  # the library raises bare Exception for bad content
+        raise ConfigError("config.data.tokenizer", name, f"no tokenizer.json: {error}") from error
+
+
+def _from_hub(name: str) -> Tokenizer:
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        cached = try_to_load_from_cache(name, "tokenizer.json")
+        if isinstance(cached, str):
+            return Tokenizer.from_file(cached)
+        # The client retries for minutes where the hub is out of reach: ask once, first.
+        HfApi().model_info(name, timeout=HUB_TIMEOUT)
+        return Tokenizer.from_pretrained(name)
+    except Exception as error:  # the hub's clients share no base class for what goes wrong
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            "config.data.tokenizer",
+            name,
+            f"not readable from the Hugging Face hub ({reason}); name bpe, bytes, a tokenizer.json"
+            " or owner/name",
+        ) from error
+
+
+def _require_byte_level(tokenizer: Tokenizer, name: str) -> None:
+    description = json.loads(tokenizer.to_str())
+    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    plain = set(tokenizer.get_vocab(with_added_tokens=False)) - added
+    spelled = '"ByteLevel"' in json.dumps([description["pre_tokenizer"], description["normalizer"]])
+    if (
+        description["model"]["type"] != "BPE"
+        or not spelled
+        or any(set(t) - alphabet for t in plain)
+    ):
+        raise ConfigError(
+            "config.data.tokenizer", name, "it is no byte-level BPE; choose one that is"
+        )
+
+
+def _require_room(size: int, vocab_size: int) -> None:
+    if vocab_size < size:
+        raise ConfigError(
+            "config.model.vocab_size",
+            vocab_size,
+            f"the tokenizer has {size} tokens; give {size} or more",
+        )

@@ -1,0 +1,156 @@
+"""What a finished run leaves: result.json, and the loss of every held-out target."""
+
+import dataclasses
+import datetime
+import json
+import math
+import os
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from research import flops, metrics
+from research.data import stream, tokens
+
+if TYPE_CHECKING:
+    from research.train import Run
+
+LAST_ROWS = 20  # logged steps that the final training loss is averaged over
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """nll float32 [targets] in nats, in the order of the suite's targets, and their summary."""
+
+    nll: np.ndarray
+    summary: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls, nll: np.ndarray, right: np.ndarray, ids: np.ndarray, token_bytes: np.ndarray, context: int
+    ) -> "Scores":
+        """Sums over counts: loss in nats a token, perplexity, accuracy, bits per byte of the targets' text."""
+        total, num_bytes = float(nll.sum(dtype=np.float64)), int(token_bytes[ids].sum())
+        mean = total / len(nll)
+        summary = dict(
+            loss=mean,
+            perplexity=math.exp(min(mean, 700)),
+            accuracy=float(right.mean()),
+            bits_per_byte=total / math.log(2) / num_bytes if num_bytes else None,
+            targets=len(nll),
+            context=context,
+        )
+        return cls(nll.astype(np.float32), summary)
+
+
+def heldout_loss(scores: dict[str, Scores]) -> float:
+    """The one number that `best` means: the loss at the longest context, else at the strategy's own length."""
+    contexts = [name for name in scores if name != "own"]
+    return scores[max(contexts, key=int) if contexts else "own"].summary["loss"]
+
+
+def finish(this: "Run", scores: dict[str, Scores], compiled_step: Any) -> dict[str, Any]:
+    """Writes heldout_losses.npz and result.json of a run at its last step; returns the result."""
+    content = _content(this, scores, compiled_step)
+    if jax.process_index() == 0:
+        _write_losses(this, scores)
+        write_json(os.path.join(this.workdir, "result.json"), content)
+    return content
+
+
+def _content(this: "Run", scores: dict[str, Scores], compiled_step: Any) -> dict[str, Any]:
+    config = this.config
+    total_tokens = this.num_steps * this.tokens_per_step
+    rows = read_rows(this.workdir)
+    step_seconds = [row["perf/step_s"] for row in rows if "perf/step_s" in row]
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    speed = this.tokens_per_step / float(np.median(step_seconds))
+    peak = flops.peak_flops(jax.devices()[0].device_kind)
+    environment = metrics.environment()
+    return dict(
+        status="finished",
+        strategy=config.strategy,
+        scale=config.scale,
+        protocol=config.data.protocol,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        seq_len=config.seq_len,
+        tokens_per_step=this.tokens_per_step,
+        steps=this.num_steps,
+        tokens=total_tokens,
+        epochs=total_tokens / stream.epoch_tokens(this.corpus, config),
+        parameters=flops.parameter_counts(config.model),
+        flops_per_token=this.flops_per_token,
+        flops=total_tokens * this.flops_per_token,
+        corpus=config.data.source if not config.data.path else os.path.basename(config.data.path.rstrip("/")),
+        fingerprint=this.corpus.fingerprint,
+        train_tokens=len(this.corpus.train),
+        unigram_entropy=tokens.unigram_entropy(this.corpus, config.model.vocab_size),
+        seconds={name: this.clocks.total(name) for name in ("train", "compile", "eval", "checkpoint", "data", "total")},
+        tokens_per_second=speed,
+        step_seconds=dict(
+            zip(("p10", "median", "p90"), np.percentile(step_seconds, (10, 50, 90)).tolist(), strict=True)
+        ),
+        mfu=None if peak is None else flops.mfu(speed / this.mesh.size, this.flops_per_token, peak),
+        memory_bytes=dict(
+            compiled_step=compiled_bytes(compiled_step),
+            process_peak=metrics.process_peak_bytes(),
+            device_peak=metrics.device_peak_bytes(),
+        ),
+        train_loss_last=float(np.mean(losses[-LAST_ROWS:])),
+        eval=dict(
+            contexts={name: s.summary for name, s in scores.items() if name != "own"},
+            own=scores["own"].summary,
+        ),
+        mesh={axis: int(size) for axis, size in this.mesh.shape.items()},
+        device=environment["device"],
+        jax=jax.__version__,
+        date=datetime.date.today().isoformat(),
+    )
+
+
+def compiled_bytes(compiled: Any) -> int | None:
+    """Bytes a device needs for a compiled program: arguments + outputs - aliased + temporaries.
+
+    None where the backend does not say. (On CPU its field named peak leaves the temporaries out.)
+    """
+    m = compiled.memory_analysis()
+    if m is None:
+        return None
+    return int(
+        m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+    )
+
+
+def _write_losses(this: "Run", scores: dict[str, Scores]) -> None:
+    targets = stream.heldout_targets(this.corpus, this.config)
+    arrays = {f"loss_{name}": s.nll for name, s in scores.items() if name != "own"}
+    arrays |= dict(document=targets.documents, position=targets.positions)
+    path = os.path.join(this.workdir, "heldout_losses.npz")
+    with open(f"{path}.new", "wb") as file:
+        np.savez_compressed(file, **arrays)
+    os.replace(f"{path}.new", path)
+
+
+def read(workdir: str) -> dict[str, Any] | None:
+    """The result of a finished run, or None."""
+    path = os.path.join(workdir, "result.json")
+    if not os.path.exists(path):
+        return None
+    with open(path) as file:
+        return json.load(file)
+
+
+def read_rows(workdir: str) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl."""
+    with open(os.path.join(workdir, "metrics.jsonl")) as file:
+        return [json.loads(line) for line in file]
+
+
+def write_json(path: str, content: Any) -> None:
+    """Whole or not at all."""
+    with open(f"{path}.new", "w") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+    os.replace(f"{path}.new", path)

@@ -1,0 +1,262 @@
+"""The loop of one run: a pure function of (config, corpus, seed), whatever interrupts it.
+
+config -> validate -> corpus -> state (new, or of the newest checkpoint) -> steps, evaluations, checkpoints -> result.json
+"""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from research import checkpoint, evaluate, flops, metrics, result, sharding, step
+from research.config import num_steps, validate
+from research.data import stream, tokens
+from research.model import ModelConfig, MoETransformer
+from research.optimizer import make_optimizer, make_schedule
+
+
+class DivergedError(RuntimeError):
+    """The loss or a gradient is not finite."""
+
+
+class Interrupted(Exception):
+    """A signal (its number in `signal`) asked the run to stop; the state is saved."""
+
+    def __init__(self, number: int, message: str):
+        super().__init__(message)
+        self.signal = number
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What stays the same from the first step to the last."""
+
+    config: Any
+    workdir: str
+    corpus: tokens.Corpus
+    mesh: jax.sharding.Mesh
+    model: MoETransformer
+    num_steps: int
+    flops_per_token: float
+    suites: dict[str, evaluate.Suite]
+    clocks: metrics.Clocks
+    signals: list[int]  # that came and ask to stop
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.batch_size * self.config.seq_len
+
+
+def run(config: Any, workdir: str) -> dict[str, Any]:
+    """Train `config` in `workdir`, going on from its newest checkpoint; returns what result.json holds.
+
+    A finished run is not run again. Raises: ConfigError (a mistake in the config, nothing written), Interrupted (after
+    saving, on SIGINT or SIGTERM), DivergedError (loss or gradient not finite).
+    """
+    began = time.monotonic()
+    mesh_shape = sharding.mesh_shape(config.mesh, len(jax.devices()))
+    validate(config, mesh_shape, jax.default_backend())
+    clocks = metrics.Clocks()
+    with clocks.measure("data"):
+        corpus = tokens.open_corpus(config)
+        steps = num_steps(config)
+        stream.check(corpus, config, steps * config.batch_size * config.seq_len)
+        suites = evaluate.make_suites(corpus, config, mesh_shape)
+    with checkpoint.claim_workdir(workdir, config.to_dict(), corpus.fingerprint), _signals() as signals:
+        finished = result.read(workdir)
+        if finished is not None:
+            print(f"{workdir}: finished before, at step {finished['steps']}", file=sys.stderr)
+            return finished
+        result.write_json(os.path.join(workdir, "environment.json"), metrics.environment())
+        result.write_json(os.path.join(workdir, "data_manifest.json"), corpus.manifest)
+        this = Run(
+            config=config,
+            workdir=workdir,
+            corpus=corpus,
+            mesh=sharding.make_mesh(config.mesh),
+            model=MoETransformer(ModelConfig(**config.model, fsdp=config.mesh.fsdp)),
+            num_steps=steps,
+            flops_per_token=flops.train_flops_per_token(config.model, config.seq_len),
+            suites=suites,
+            clocks=clocks,
+            signals=signals,
+        )
+        with jax.set_mesh(this.mesh):
+            return _train(this, began)
+
+
+def _train(this: Run, began: float) -> dict[str, Any]:
+    config = this.config
+    optimizer = make_optimizer(config.optimizer, this.num_steps)
+    schedule = make_schedule(config.optimizer, config.optimizer.learning_rate, this.num_steps)
+    manager = checkpoint.open_manager(this.workdir, config.train.keep_last, config.train.keep_best)
+    with contextlib.closing(manager):
+        state, cursor = _start(this, manager, optimizer)
+        with this.clocks.measure("compile"):
+            batch = _next_batch(this, cursor)
+            compiled_step = step.make_train_step(this.model, optimizer, schedule).lower(state, batch).compile()
+            compiled_eval = evaluate.compile_suites(this.model, state.params, this.suites, this.mesh)
+        with (
+            metrics.MetricsWriter(this.workdir, int(state.step)) as writer,
+            metrics.Progress(this.num_steps, int(state.step), config.strategy) as progress,
+        ):
+            state, scores = _loop(this, state, cursor, compiled_step, compiled_eval, manager, writer, progress)
+        with this.clocks.measure("checkpoint"):
+            manager.wait_until_finished()
+    this.clocks.add({"total": time.monotonic() - began})
+    return result.finish(this, scores, compiled_step)
+
+
+def _start(this: Run, manager: Any, optimizer: Any) -> tuple[step.TrainState, int]:
+    """The state and the data cursor of the newest checkpoint that can be read, or of step 0."""
+    shape = tuple(this.mesh.shape[axis] for axis in sharding.AXES)
+    init = jax.jit(lambda: step.init_state(this.model, optimizer, this.config.seed, shape))
+    restored = checkpoint.restore(manager, checkpoint.abstract(init, this.mesh))
+    if restored is None:
+        return init(), 0
+    state, meta = restored
+    this.clocks.add(meta["clocks"])
+    print(f"{this.workdir}: goes on from step {int(state.step)}", file=sys.stderr)
+    return state, meta["tokens"]
+
+
+def _next_batch(this: Run, cursor: int) -> dict[str, jax.Array]:
+    """The batch at a data position, cut into microbatches [A, B / A, T]."""
+    parts = this.config.train.accumulation
+    batch = stream.batch(this.corpus, this.config, cursor)
+    return sharding.put_batch({k: x.reshape(parts, -1, x.shape[-1]) for k, x in batch.items()}, this.mesh)
+
+
+def _loop(this, state, cursor, compiled_step, compiled_eval, manager, writer, progress):
+    """All steps that are left. Metrics are fetched a step late, so that the device never waits for the host."""
+    train = this.config.train
+    now, scores, pending = int(state.step), None, None
+    while now < this.num_steps:
+        with this.clocks.measure("train"):
+            state, fetched = compiled_step(state, _next_batch(this, cursor))
+            now, cursor = now + 1, cursor + this.tokens_per_step
+            last = now == this.num_steps
+            evaluates = last or _due(now, train.eval_every)
+            saves = last or _due(now, train.checkpoint_every) or bool(this.signals)
+            if pending:
+                _record(this, _fetch(this, *pending), writer, progress)
+            pending = (now, cursor, fetched)
+            if evaluates or saves:
+                _record(this, _fetch(this, *pending), writer, progress)
+                pending = None
+        if evaluates:
+            scores = _evaluate(this, state.params, compiled_eval, now, cursor, writer)
+        if saves or this.signals:
+            _save(this, manager, now, cursor, state, scores if evaluates else None)
+        if this.signals and not last:
+            raise Interrupted(
+                this.signals[0],
+                f"stopped at step {now} of {this.num_steps}, saved; the same command goes on from there",
+            )
+    if scores is None:  # the newest checkpoint was of the last step, or a signal cut the evaluation short
+        scores = _evaluate(this, state.params, compiled_eval, now, cursor, writer)
+    if scores is None:
+        raise Interrupted(this.signals[0], "stopped in the last evaluation; the same command goes on from there")
+    return state, scores
+
+
+def _due(now: int, every: int) -> bool:
+    return every > 0 and now % every == 0
+
+
+def _fetch(this: Run, now: int, cursor: int, fetched: dict[str, Any]) -> dict[str, Any]:
+    """Waits for a step and returns its row; stops the run where it is not finite."""
+    got = jax.tree.map(np.asarray, fetched)
+    if not (np.isfinite(got["loss"]) and np.isfinite(got["grad_norm"])):
+        raise DivergedError(
+            f"step {now}: loss {got['loss']}, gradient norm {got['grad_norm']}; the checkpoints in"
+            f" {this.workdir}/checkpoints are from before it: lower config.optimizer.learning_rate and use a new workdir"
+        )
+    row = _position(this, now, cursor) | {
+        "train/loss": float(got["loss"]),
+        "train/balance_loss": float(got["balance_loss"]),
+        "train/accuracy": float(got["accuracy"]),
+        "optim/grad_norm": float(got["grad_norm"]),
+        "optim/learning_rate": float(got["learning_rate"]),
+    }
+    for name in ("max_violation", "entropy"):
+        for layer, value in enumerate(got["router"][name]):
+            row[f"moe/load_{name}/layer_{layer:02d}"] = float(value)
+    return row
+
+
+def _position(this: Run, now: int, cursor: int) -> dict[str, Any]:
+    """What every row of metrics.jsonl carries."""
+    return {
+        "step": now,
+        "tokens": cursor,
+        "flops": now * this.tokens_per_step * this.flops_per_token,
+        "train_seconds": this.clocks.total("train"),
+    }
+
+
+def _record(this: Run, row: dict[str, Any], writer: Any, progress: Any) -> None:
+    """Adds the speed since the row before; to the progress line, and every log_every steps to disk."""
+    seconds = this.clocks.lap("train", row["train_seconds"])
+    speed = this.tokens_per_step / seconds
+    row |= {"perf/step_s": seconds, "perf/tokens_per_s": speed}
+    peak = flops.peak_flops(jax.devices()[0].device_kind)
+    if peak is not None:
+        row["perf/mfu"] = flops.mfu(speed / this.mesh.size, this.flops_per_token, peak)
+    if _due(row["step"], this.config.train.log_every) or row["step"] == this.num_steps:
+        writer.write(row)
+    progress.update(row)
+
+
+def _evaluate(this, params, compiled, now, cursor, writer) -> dict[str, result.Scores] | None:
+    """Scores of every suite, and their row; None when a signal cut it short."""
+    scores = {}
+    with this.clocks.measure("eval"):
+        for name, suite in this.suites.items():
+            found = evaluate.score(compiled[name], params, suite, this.mesh, lambda: bool(this.signals))
+            if found is None:
+                return None
+            scores[name] = result.Scores.of(*found, this.corpus.token_bytes, suite.context)
+    row = _position(this, now, cursor)
+    for name, score in scores.items():
+        for measure in ("loss", "perplexity", "accuracy", "bits_per_byte"):
+            row[f"eval/{measure}@{name}"] = score.summary[measure]
+    writer.write(row)
+    return scores
+
+
+def _save(this, manager, now, cursor, state, scores) -> None:
+    metric = None if scores is None else result.heldout_loss(scores)
+    with this.clocks.measure("checkpoint"):
+        meta = dict(
+            tokens=cursor,
+            config=this.config.to_dict(),
+            fingerprint=this.corpus.fingerprint,
+            clocks=this.clocks.to_dict(),
+        )
+        checkpoint.save(manager, now, state, meta, metric)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM instead of dying of them; the loop looks between steps."""
+    came: list[int] = []
+
+    def handle(number: int, _: Any) -> None:
+        came.append(number)
+        print(f"signal {number}: stopping after this step", file=sys.stderr, flush=True)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,160 @@
+"""Documents come in a fixed order, within limits; a bad input is named by file and place."""
+
+import gzip
+import json
+import sys
+import sysconfig
+import types
+from pathlib import Path
+
+import pyarrow
+import pytest
+from huggingface_hub import HfApi, constants
+from pyarrow import parquet
+
+from configs import base
+from research.config import ConfigError
+from research.data.corpora import documents, source_files
+
+
+def data_config(source: str, path: Path | str = "", **fields):
+    data = base.get_config("cpu").data
+    data.update(source=source, path=str(path), **fields)
+    return data
+
+
+def read(source: str, path: Path | str = "", **fields) -> dict[str, str]:
+    return {d.id: d.text for d in documents(data_config(source, path, **fields))}
+
+
+def refuse(source: str, path: Path | str = "", **fields) -> str:
+    with pytest.raises(ConfigError) as error:
+        read(source, path, **fields)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_stdlib_is_the_library_without_tests_and_packages():
+    names = [name for name, _ in source_files(data_config("stdlib"))]
+    assert names == sorted(names) and "json/decoder.py" in names and len(names) > 300
+    parts = {part for name in names for part in name.split("/")}
+    assert not parts & {"test", "tests", "idle_test", "site-packages", "__pycache__"}
+    assert not [name for name in names if name.startswith("_sysconfigdata")]
+    read_back = Path(sysconfig.get_path("stdlib"), "json/decoder.py").read_bytes().decode()
+    assert read("stdlib")["json/decoder.py"] == read_back
+    assert "takes no path" in refuse("stdlib", "/somewhere")
+
+
+def test_text_folder_is_sorted_by_relative_path_without_hidden_and_empty_files(tmp_path):
+    for name in ("b/a.md", "a.txt", "b.py", ".git/c.md", ".d.txt", "e.csv", "empty.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"" if name == "empty.txt" else f"{name} \r\n é".encode())
+    found = read("text", tmp_path)
+    assert list(found) == ["a.txt", "b.py", "b/a.md"]
+    assert found["b/a.md"] == "b/a.md \r\n é"  # bytes are kept, line ends too
+    assert read("text", tmp_path / "a.txt") == {"a.txt": "a.txt \r\n é"}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_jsonl_ids_are_file_and_line(tmp_path, suffix):
+    text = "\n".join([json.dumps({"text": "one", "body": "1"}), "", json.dumps({"text": "zwei ü"})])
+    raw = text.encode()
+    (tmp_path / f"x{suffix}").write_bytes(gzip.compress(raw) if suffix.endswith("gz") else raw)
+    assert read("jsonl", tmp_path) == {f"x{suffix}:1": "one", f"x{suffix}:3": "zwei ü"}
+    assert read("jsonl", tmp_path / f"x{suffix}", text_field="body", max_documents=1) == {
+        f"x{suffix}:1": "1"
+    }
+
+
+def test_parquet_ids_are_file_and_row(tmp_path):
+    table = pyarrow.table({"text": [f"row {i}" for i in range(3000)], "other": range(3000)})
+    parquet.write_table(table, tmp_path / "t.parquet")
+    found = read("parquet", tmp_path)
+    assert len(found) == 3000 and found["t.parquet:2500"] == "row 2499"
+    assert refuse("parquet", tmp_path, text_field="body").startswith(
+        "config.data.text_field='body'"
+    )
+    assert "row 1 holds int" in refuse("parquet", tmp_path, text_field="other")
+
+
+def test_limits_hold_for_every_source(tmp_path):
+    (tmp_path / "x.jsonl").write_text("\n".join(json.dumps({"text": f"{i}éabc"}) for i in range(9)))
+    parquet.write_table(
+        pyarrow.table({"text": [f"{i}éabc" for i in range(9)]}), tmp_path / "x.parquet"
+    )
+    for i in range(9):
+        (tmp_path / f"{i}.txt").write_bytes(f"{i}éabc".encode())
+    for source in ("text", "jsonl", "parquet"):
+        found = read(source, tmp_path, max_documents=2, max_document_chars=3)
+        assert list(found.values()) == ["0éa", "1éa"], source
+    assert [
+        len(text) for text in read("stdlib", max_documents=3, max_document_chars=7).values()
+    ] == [7] * 3
+    assert refuse("text", tmp_path, max_documents=-1).startswith("config.data.max_documents=-1")
+
+
+BAD_FILES = {
+    "not UTF-8": ("text", "a.txt", "é abc".encode() + b"\xff", ["a.txt", "byte 6 "]),
+    "not UTF-8, line 2": ("jsonl", "a.jsonl", b'{"text":"b"}\n\xe9', ["a.jsonl", "byte 13 "]),
+    "not JSON": ("jsonl", "a.jsonl", b'{"text":"b"}\n{"text"', ["a.jsonl line 2", "JSON"]),
+    "no text": (
+        "jsonl",
+        "a.jsonl",
+        b'{"text":"b"}\n{"body":"c"}',
+        ["config.data.text_field", "line 2"],
+    ),
+    "text is null": ("jsonl", "a.jsonl", b'{"text":null}', ["config.data.text_field", "line 1"]),
+    "no object": ("jsonl", "a.jsonl", b"[1]", ["config.data.text_field", "line 1"]),
+    "half a pair": ("jsonl", "a.jsonl", b'{"text":"a\\ud800"}', ["a.jsonl:1", "character 1 "]),
+    "cut gzip": ("jsonl", "a.jsonl.gz", gzip.compress(b'{"text":"b"}' * 99)[:-9], ["a.jsonl.gz"]),
+    "not gzip": ("jsonl", "a.jsonl.gz", b'{"text":"b"}', ["a.jsonl.gz"]),
+    "not Parquet": ("parquet", "a.parquet", b"abc" * 99, ["a.parquet is not Parquet"]),
+    "all empty": ("text", "a.txt", b"", ["every document"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_file_is_named(tmp_path, name):
+    source, file, content, expected = BAD_FILES[name]
+    (tmp_path / file).write_bytes(content)
+    message = refuse(source, tmp_path)
+    for part in expected:
+        assert part in message
+
+
+def test_bad_path_is_named(tmp_path):
+    assert refuse("text", tmp_path / "x").startswith(
+        f"config.data.path='{tmp_path}/x': no such file"
+    )
+    assert "no such file" in refuse("jsonl", "")
+    assert "no .jsonl, .jsonl.gz files" in refuse("jsonl", tmp_path)
+    assert refuse("csv", tmp_path).startswith("config.data.source='csv': choose one of")
+
+
+def test_hub_source(monkeypatch):
+    rows = [{"text": "a", "id": 1}, {"text": "b", "id": 2}]
+    asked = []
+
+    def load_dataset(*names, **options):
+        asked.append((names, options))
+        return iter(rows)
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr(HfApi, "dataset_info", lambda *_, **__: None)
+    assert read("hf", "own/set/conf") == {"own/set/conf:0": "a", "own/set/conf:1": "b"}
+    assert asked == [(("own/set",), {"name": "conf", "split": "train", "streaming": True})]
+    assert read("hf", "own/set", max_documents=1) == {"own/set:0": "a"}
+    assert "row 0 has no such text; it has text, id" in refuse("hf", "own/set", text_field="id")
+    assert "owner/name" in refuse("hf", "set")
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as where it is not installed
+    assert "pip install datasets" in refuse("hf", "own/set")
+
+
+def test_hub_out_of_reach_is_said_at_once_without_the_retries_of_datasets(monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("datasets would retry for minutes")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=never))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    message = refuse("hf", "own/set")
+    assert "not readable from the Hugging Face hub" in message and "AssertionError" not in message

@@ -1,0 +1,162 @@
+"""Experts on sorted rows against a loop over experts in float64: values and gradients, any sizes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from research import grouped, moe
+from research.model import make_expert
+from tests.small import placed, relative
+
+
+def make_weights(rng, experts, width, hidden, names=("up", "down")):
+    shapes = dict(up=(width, hidden), gate=(width, hidden), down=(hidden, width))
+    return {name: rng.standard_normal((experts, *shapes[name])) / np.sqrt(shapes[name][0]) for name in names}
+
+
+ROWS, EXPERTS = 24, 4
+
+
+def every_expert(x, weights, sizes, activation):
+    """Every expert on every row; a row keeps its own expert's output."""
+    silu = lambda a: a / (1 + jnp.exp(-a))  # noqa: E731
+    hidden = jnp.einsum("md,edf->emf", x, weights["up"])
+    gate = jnp.einsum("md,edf->emf", x, weights["gate"])
+    hidden = silu(gate) * hidden if activation == "swiglu" else silu(hidden)
+    own = jnp.repeat(jnp.arange(len(sizes)), sizes, total_repeat_length=ROWS)[None] == jnp.arange(len(sizes))[:, None]
+    return jnp.einsum("emf,efd,em->md", hidden, weights["down"], own)
+
+
+@functools.partial(jax.jit, static_argnames=("backend", "activation"))
+def both(x, weights, sizes, cotangent, backend, activation):
+    """(output, gradients) of apply_experts and of every_expert."""
+
+    def fast(x, weights):
+        return grouped.apply_experts(make_expert(activation, 0.0), x, weights, sizes, backend=backend, block=4)
+
+    def plain(x, weights):
+        return every_expert(x, weights, sizes, activation)
+
+    def outcome(run):
+        out, vjp = jax.vjp(run, x, weights)
+        return out, *vjp(cotangent)
+
+    return outcome(fast), outcome(plain)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    cuts=st.lists(st.integers(0, ROWS), min_size=EXPERTS - 1, max_size=EXPERTS - 1).map(sorted),
+    backend=st.sampled_from(["blocks", "ragged"]),
+    activation=st.sampled_from(["silu", "swiglu"]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_experts_equal_every_expert_on_every_row(cuts, backend, activation, seed):
+    rng = np.random.default_rng(seed)
+    sizes = np.diff([0, *cuts, ROWS]).astype(np.int32)
+    with jax.enable_x64(True):
+        weights = make_weights(rng, EXPERTS, 8, 12, ("up", "gate", "down"))
+        x, cotangent = rng.standard_normal((2, ROWS, 8))
+        found, wanted = both(x, weights, sizes, cotangent, backend, activation)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert a.dtype == np.float64
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_dropout_in_an_expert_is_the_same_draw_forward_and_backward(rng):
+    weights = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), make_weights(rng, 3, 8, 12))
+    x = jnp.asarray(rng.standard_normal((20, 8)), jnp.float32)
+    sizes = jnp.asarray([7, 0, 13], jnp.int32)
+    key = jax.random.key(5)
+
+    def run(down, key):
+        expert = make_expert("silu", 0.4)
+        return grouped.apply_experts(expert, x, weights | {"down": down}, sizes, backend="blocks", block=4, key=key)
+
+    value, vjp = jax.vjp(lambda down: run(down, key), weights["down"])
+    direction = jnp.asarray(rng.standard_normal(value.shape), jnp.float32)
+    # The output is linear in `down` for one draw.
+    assert float(jnp.vdot(vjp(direction)[0], weights["down"])) == pytest.approx(
+        float(jnp.vdot(direction, value)), rel=1e-4
+    )
+    assert relative(value, run(weights["down"], jax.random.key(6))) > 0.1
+
+
+@settings(max_examples=15, deadline=None)
+@given(tokens=st.integers(1, 40), experts=st.integers(1, 6), chosen=st.integers(1, 4), seed=st.integers(0, 99))
+def test_sort_by_expert_is_a_permutation_with_its_inverse(tokens, experts, chosen, seed):
+    choice = np.random.default_rng(seed).integers(0, experts, (tokens, chosen)).astype(np.int32)
+    order, rank, sizes = (np.asarray(x) for x in moe.sort_by_expert(jnp.asarray(choice), experts))
+    flat = choice.reshape(-1)
+    assert (np.diff(flat[order]) >= 0).all()
+    assert (rank[order] == np.arange(len(flat))).all()
+    assert (sizes == np.bincount(flat, minlength=experts)).all()
+
+
+def plain_layer(x_ND, router, weights, chosen):
+    """A token's chosen experts, weighted by the softmax of their logits, one token at a time."""
+    logits = x_ND @ router
+    out = np.zeros_like(x_ND)
+    for n, row in enumerate(logits):
+        best = np.argsort(-row, kind="stable")[:chosen]
+        share = np.exp(row[best] - row[best].max())
+        for e, w in zip(best, share / share.sum(), strict=True):
+            hidden = x_ND[n] @ weights["up"][e]
+            out[n] += w * ((hidden / (1 + np.exp(-hidden))) @ weights["down"][e])
+    return out, logits
+
+
+@pytest.mark.parametrize(("experts", "chosen"), [(4, 2), (4, 1), (1, 1), (4, 4)])
+@pytest.mark.parametrize("backend", ["blocks", "ragged"])
+def test_layer_equals_each_token_through_its_experts(rng, one_device, backend, experts, chosen):
+    x = rng.standard_normal((2, 7, 8))
+    router, weights = rng.standard_normal((8, experts)), make_weights(rng, experts, 8, 12)
+    single = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (x, router, weights))
+    out, sums = moe.moe(placed(single[0]), *single[1:], make_expert("silu", 0.0), num_chosen=chosen, backend=backend, block=4)
+    wanted, logits = plain_layer(x.reshape(14, 8), router, weights, chosen)
+    assert relative(np.asarray(out).reshape(14, 8), wanted) < 1e-5
+
+    statistics = moe.router_statistics(jax.tree.map(lambda s: s[None], sums), 14)
+    best = np.argsort(-logits, axis=-1, kind="stable")[:, :chosen]
+    load = np.bincount(best.reshape(-1), minlength=experts) / best.size
+    probability = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    np.testing.assert_allclose(statistics["load"][0], load, rtol=1e-6)
+    np.testing.assert_allclose(statistics["probability"][0], probability.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(statistics["balance"][0], experts * (load * probability.mean(0)).sum(), rtol=1e-5)
+    np.testing.assert_allclose(statistics["max_violation"][0], experts * load.max() - 1, atol=1e-6)
+
+
+def test_uniform_load_has_balance_one_and_entropy_one():
+    sums = dict(assignments=jnp.full((2, 1, 1, 8), 4.0), probability=jnp.full((2, 1, 1, 8), 2.0))
+    statistics = moe.router_statistics(sums, 16)
+    for name, value in dict(balance=1.0, entropy=1.0, max_violation=0.0).items():
+        np.testing.assert_allclose(statistics[name], value, atol=1e-6)
+
+
+def test_layer_gradients_equal_the_dense_layer(rng, one_device):
+    x = placed(rng.standard_normal((2, 6, 8)), jnp.float32)
+    router = jnp.asarray(rng.standard_normal((8, 4)), jnp.float32)
+    weights = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), make_weights(rng, 4, 8, 12))
+    cotangent = placed(rng.standard_normal((2, 6, 8)), jnp.float32)
+
+    logits = np.asarray(x) @ np.asarray(router)
+    kept = placed(logits >= np.sort(logits, axis=-1)[..., -2, None])
+
+    def routed(x, router, weights):
+        out, _ = moe.moe(x, router, weights, make_expert("silu", 0.0), num_chosen=2, backend="blocks", block=4)
+        return jnp.sum(out * cotangent)
+
+    def dense(x, router, weights):
+        logits = x @ router
+        share = jax.nn.softmax(jnp.where(kept, logits, -jnp.inf), axis=-1)
+        hidden = jax.nn.silu(jnp.einsum("btd,edf->btef", x, weights["up"]))
+        return jnp.sum(jnp.einsum("btef,efd,bte->btd", hidden, weights["down"], share) * cotangent)
+
+    found, wanted = (jax.jit(jax.grad(f, argnums=(0, 1, 2)))(x, router, weights) for f in (routed, dense))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert relative(a, b) < 1e-5
