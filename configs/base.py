@@ -116,6 +116,7 @@ def _data() -> ConfigDict:
             max_document_chars=0,
             max_tokens=0,
             heldout_fraction=0.1,  # of the documents
+            split_seed=42,  # of the split and the held-out targets; config.seed has the order and the weights
             mask_documents=False,  # confine attention to each document
             max_epochs=1,  # 0: no limit
             cache_dir="",  # empty: ~/.cache/batch-or-length
@@ -126,8 +127,10 @@ def _data() -> ConfigDict:
 def _eval() -> ConfigDict:
     return ConfigDict(
         dict(
-            contexts=(24, 96, 384, 1536),  # tokens; c needs windows of 1.25 c
-            num_targets=8192,
+            contexts=(24, 96, 384, 1536),  # tokens; c is there for strategies of seq_len 1.25 c or more
+            num_targets=8192,  # held-out tokens that are scored under every context
+            run_length=96,  # neighbouring targets; shorter runs come from more documents, and cost more
+            own_targets=8192,  # of windows of the strategy's own length
             batch_tokens=8192,  # tokens scored at once
         )
     )
@@ -173,4 +176,7 @@ def _published(config: ConfigDict) -> None:
             max_epochs=0,
         )
     )
-    config.eval.update(dict(contexts=(48, 192, 768, 3072), num_targets=24_576, batch_tokens=32_768))
+    config.eval.update(
+        dict(contexts=(48, 192, 768, 3072), num_targets=24_576, run_length=192, batch_tokens=32_768)
+    )
+    config.eval.own_targets = 50 * 26 * 1024  # the original scored 50 batches

@@ -102,12 +102,12 @@ def _attend_chunked(q, k, v, segments, dropout, key, chunk):
     specs = (heads,) * 3 + ((tokens,) if masked else ()) + ((P(),) if dropout > 0 else ())
 
     def local(q, k, v, *rest):
-        k, v = (jax.lax.all_gather(x, "seq", axis=1, tiled=True) for x in (k, v))
+        k, v = _whole(k), _whole(v)
         start = jax.lax.axis_index("seq") * q.shape[1]
         q_segments = k_segments = shard_key = None
         if masked:
             q_segments = jnp.repeat(rest[0], q.shape[2], axis=0)
-            k_segments = jax.lax.all_gather(q_segments, "seq", axis=1, tiled=True)
+            k_segments = _whole(q_segments)
         if dropout > 0:
             shard_key = functools.reduce(
                 jax.random.fold_in, [jax.lax.axis_index(axis) for axis in AXES], varying(rest[-1])
@@ -117,6 +117,11 @@ def _attend_chunked(q, k, v, segments, dropout, key, chunk):
         return out_RTK.reshape(q.shape[0], q.shape[2], q.shape[1], -1).swapaxes(1, 2)
 
     return jax.shard_map(local, in_specs=specs, out_specs=heads)(*operands)
+
+
+def _whole(x_BT: jax.Array) -> jax.Array:
+    """Inside shard_map: all positions of an array whose positions are divided."""
+    return jax.lax.all_gather(x_BT, "seq", axis=1, tiled=True) if jax.lax.axis_size("seq") > 1 else x_BT
 
 
 def _to_rows(x_BTHK: jax.Array) -> jax.Array:

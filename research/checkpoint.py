@@ -1,15 +1,18 @@
 """Orbax behind a few functions: save, restore the newest that is whole, and claim a folder for one run.
 
-Saving is asynchronous: the arrays are copied off the device before `save` returns, and written in the background. A step
-counts once Orbax has renamed its folder; a kill in between leaves the steps before it. Each step holds a checksum of
-every array, so that what is damaged on disk later (cut off, missing, or changed) is skipped, not trained on.
+Saving is asynchronous: the arrays are copied off the device before `save` returns, and written in the background. A
+step counts once Orbax has renamed its folder; a kill in between leaves the steps before it. Each step holds a checksum
+of every array and of its metadata, so that what is damaged on disk later (cut off, missing, or changed) is skipped, not
+trained on.
 """
 
 import contextlib
 import fcntl
 import json
 import logging
+import math
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,10 +35,18 @@ def open_manager(workdir: str, keep_last: int, keep_best: bool) -> ocp.Checkpoin
     """The checkpoints of a run: the last `keep_last` are kept, and the one with the lowest held-out loss."""
     policies = [LatestN(n=keep_last)]
     if keep_best:
-        best = BestN(get_metric_fn=lambda m: -m["heldout_loss"], n=1, keep_checkpoints_without_metrics=False)
-        policies.append(best)
-    options = ocp.CheckpointManagerOptions(preservation_policy=AnyPreservationPolicy(policies))
+        policies.append(BestN(get_metric_fn=_rank, n=1, keep_checkpoints_without_metrics=False))
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=AnyPreservationPolicy(policies),
+        best_fn=_rank,  # without it metrics are dropped, and a resumed run has forgotten its best
+    )
     return ocp.CheckpointManager(Path(workdir).absolute() / "checkpoints", options=options)
+
+
+def _rank(metrics: dict[str, float | None]) -> float:
+    """Higher is better; a loss that was not measured, or is not a number, is worse than any."""
+    loss = metrics["heldout_loss"]
+    return -math.inf if loss is None else -loss
 
 
 def save(
@@ -43,15 +54,17 @@ def save(
 ) -> None:
     """Starts to save `state` (a pytree of arrays) and `meta` (JSON); a step that is there already is left.
 
-    metric: the held-out loss, lower is better; None where it was not measured.
+    metric: the held-out loss, lower is better; None where it was not measured. `state` may be donated afterwards.
     """
     if step in manager.all_steps():
         return
     content = dict(meta, checksums=_checksums(state))
+    content["checksum"] = _json_checksum(content)
+    measured = metric is not None and not math.isnan(metric)
     manager.save(
         step,
         args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(content)),
-        metrics=None if metric is None else {"heldout_loss": float(metric)},
+        metrics={"heldout_loss": float(metric) if measured else None},
         force=True,
     )
 
@@ -61,17 +74,21 @@ def restore(manager: ocp.CheckpointManager, abstract_state: Any) -> tuple[Any, d
 
     abstract_state: pytree of jax.ShapeDtypeStruct with the shardings wanted, of any mesh (`abstract`). A damaged
     checkpoint is set aside as <step>.damaged, with a warning, and the one before is taken.
-    Raises: RuntimeError where there are checkpoints and none can be read.
+    Raises: RuntimeError where there are checkpoints and none can be read (they stay where they are).
     """
-    steps = sorted(manager.all_steps(), reverse=True)
-    for step in steps:
+    damaged = []
+    for step in sorted(manager.all_steps(), reverse=True):
         try:
-            return _restore(manager, step, abstract_state)
+            restored = _restore(manager, step, abstract_state)
         except Exception as error:  # whatever a damaged file makes the readers raise
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             log.warning("checkpoint of step %d is damaged and skipped: %s", step, reason)
-            _set_aside(manager, step)
-    if steps:
+            damaged.append(step)
+            continue
+        for other in damaged:
+            _set_aside(manager, other)
+        return restored
+    if damaged:
         raise RuntimeError(f"no checkpoint in {manager.directory} can be read; remove the folder to start anew")
     return None
 
@@ -82,6 +99,8 @@ def _restore(manager: ocp.CheckpointManager, step: int, abstract_state: Any) -> 
     )
     found = manager.restore(step, args=args)
     state, meta = found["state"], dict(found["meta"])
+    if meta.pop("checksum") != _json_checksum(meta):
+        raise ValueError("the metadata is not what was saved")
     wanted = meta.pop("checksums")
     wrong = [name for name, value in _checksums(state).items() if wanted.get(name) != value]
     if wrong:
@@ -103,21 +122,20 @@ def _set_aside(manager: ocp.CheckpointManager, step: int) -> None:
 
 def _checksums(state: Any) -> dict[str, int]:
     """Of each array by its path: the sum of its bits as 32-bit words (mod 2^32), on the devices that hold it."""
-
-    @jax.jit
-    def sums(leaves: list[jax.Array]) -> list[jax.Array]:
-        return [_bit_sum(leaf) for leaf in leaves]
-
     paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(state), strict=True)
-    return {
-        jax.tree_util.keystr(path): int(value) for path, value in zip(paths, sums(list(leaves)), strict=True)
-    }
+    sums = _bit_sums(list(leaves))
+    return {jax.tree_util.keystr(path): int(value) for path, value in zip(paths, sums, strict=True)}
 
 
-def _bit_sum(x: jax.Array) -> jax.Array:
-    words = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(x, words).astype(jnp.uint32)
-    return jnp.sum(bits, dtype=jnp.uint32)
+@jax.jit
+def _bit_sums(leaves: list[jax.Array]) -> list[jax.Array]:
+    words = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+    bits = [jax.lax.bitcast_convert_type(x, words[x.dtype.itemsize]) for x in leaves]
+    return [jnp.sum(x.astype(jnp.uint32), dtype=jnp.uint32) for x in bits]
+
+
+def _json_checksum(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def abstract(init: Callable[[], Any], mesh: Mesh) -> Any:

@@ -28,7 +28,7 @@ AT_LEAST_ONE = (
     "batch_size", "seq_len", "model.num_layers", "model.d_model", "model.num_heads", "model.d_ff",
     "model.num_experts", "model.experts_per_token", "model.vocab_size", "model.attention_chunk",
     "model.moe_block", "model.loss_chunk", "train.accumulation", "train.log_every", "train.keep_last",
-    "eval.num_targets", "eval.batch_tokens",
+    "eval.num_targets", "eval.run_length", "eval.own_targets", "eval.batch_tokens",
 )  # fmt: skip
 AT_LEAST_ZERO = (
     "model.router_noise", "model.balance_weight", "optimizer.weight_decay", "optimizer.muon_weight_decay",

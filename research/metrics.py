@@ -14,7 +14,8 @@ from importlib import metadata
 from typing import Any
 
 import jax
-from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 from tensorboardX import SummaryWriter
 
 POSITION = ("step", "tokens", "flops", "train_seconds")  # in every row
@@ -31,9 +32,8 @@ class MetricsWriter:
         path = os.path.join(workdir, "metrics.jsonl")
         _cut(path, resume_step)
         self._file = open(path, "a")  # noqa: SIM115 (closed by __exit__)
-        self._board = SummaryWriter(
-            os.path.join(workdir, "tb"), purge_step=resume_step + 1 if resume_step else None
-        )
+        # from step 0 too: a run killed before its first checkpoint has left rows
+        self._board = SummaryWriter(os.path.join(workdir, "tb"), purge_step=resume_step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
         """A row with step, tokens, flops and train_seconds, of finite numbers (or None where there is no number).
@@ -175,7 +175,8 @@ def device_name() -> str:
     """Such as 'AMD EPYC (2 cores)' or 'NVIDIA H200'."""
     if jax.default_backend() != "cpu":
         return jax.devices()[0].device_kind
-    return f"{_processor()} ({len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores)"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{_processor()} ({cores} cores)"
 
 
 def _processor() -> str:

@@ -109,7 +109,7 @@ def train_step(
         balance_loss=sums["balance_loss"] / sums["count"],
         accuracy=sums["correct"] / sums["count"],
         count=sums["count"],
-        grad_norm=optax.global_norm(grads),
+        grad_norm=optax.tree.norm(grads),
         learning_rate=schedule(state.step),
         router=jax.tree.map(lambda x: x / sums["count"], sums["router"]),
     )

@@ -54,6 +54,18 @@ class Run:
         return self.config.batch_size * self.config.seq_len
 
 
+def prepare(config: Any) -> tuple[tokens.Corpus, dict[str, evaluate.Suite]]:
+    """The corpus and the held-out suites of a config; nothing compiles, and only the token cache is written.
+
+    Raises: ConfigError for every mistake in the config that a run would stop at.
+    """
+    mesh_shape = sharding.mesh_shape(config.mesh, len(jax.devices()))
+    validate(config, mesh_shape, jax.default_backend())
+    corpus = tokens.open_corpus(config)
+    stream.check(corpus, config, num_steps(config) * config.batch_size * config.seq_len)
+    return corpus, evaluate.make_suites(corpus, config, mesh_shape)
+
+
 def run(config: Any, workdir: str) -> dict[str, Any]:
     """Train `config` in `workdir`, going on from its newest checkpoint; returns what result.json holds.
 
@@ -61,14 +73,9 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
     saving, on SIGINT or SIGTERM), DivergedError (loss or gradient not finite).
     """
     began = time.monotonic()
-    mesh_shape = sharding.mesh_shape(config.mesh, len(jax.devices()))
-    validate(config, mesh_shape, jax.default_backend())
     clocks = metrics.Clocks()
     with clocks.measure("data"):
-        corpus = tokens.open_corpus(config)
-        steps = num_steps(config)
-        stream.check(corpus, config, steps * config.batch_size * config.seq_len)
-        suites = evaluate.make_suites(corpus, config, mesh_shape)
+        corpus, suites = prepare(config)
     with checkpoint.claim_workdir(workdir, config.to_dict(), corpus.fingerprint), _signals() as signals:
         finished = result.read(workdir)
         if finished is not None:
@@ -82,7 +89,7 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
             corpus=corpus,
             mesh=sharding.make_mesh(config.mesh),
             model=MoETransformer(ModelConfig(**config.model, fsdp=config.mesh.fsdp)),
-            num_steps=steps,
+            num_steps=num_steps(config),
             flops_per_token=flops.train_flops_per_token(config.model, config.seq_len),
             suites=suites,
             clocks=clocks,

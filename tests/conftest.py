@@ -4,8 +4,9 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 DEVICES_FLAG = "--xla_force_host_platform_device_count=8"
+QUICK_FLAG = "--xla_backend_optimization_level=0"  # tests compile far more than they compute
 if os.environ["JAX_PLATFORMS"] == "cpu" and DEVICES_FLAG not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES_FLAG}".strip()
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES_FLAG} {QUICK_FLAG}".strip()
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.ablation import STRATEGIES, load_config, main
+from experiments.ablation import STRATEGIES, load_strategy, main
 
 TRAIN = (sys.executable, "-m", "tests.fake_runs")
 PASS = (sys.executable, "-c", "pass")
@@ -78,7 +78,7 @@ def test_a_missing_run_is_in_the_report_and_in_the_exit_code(tmp_path):
         (["--config.seed=abc"], "config.seed='abc'"),
         (["--config.model.depth=4"], "config.model.depth='4'"),
         (["--strategies=balanced,nosuch"], "'nosuch'"),
-        (["--scale=huge"], "--scale='huge'"),
+        (["--scale=huge"], "no scale huge"),
         (["--seed=3"], "'--seed=3'"),
         (["--config.seed"], "'--config.seed'"),
         (["--report_only"], "--workdir="),
@@ -125,7 +125,7 @@ def test_dry_run_prints_the_commands_and_runs_nothing(tmp_path, capsys):
 
 
 def test_the_config_is_read_as_training_reads_it():
-    config = load_config("long_seq", "cpu", ["--config.seed=9", "--config.eval.contexts=(24,96)"])
+    config = load_strategy("long_seq", "cpu", ["--config.seed=9", "--config.eval.contexts=(24,96)"])
     assert (config.strategy, config.seed, config.eval.contexts) == ("long_seq", 9, (24, 96))
     with pytest.raises(AttributeError):
         config.unknown = 1

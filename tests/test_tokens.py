@@ -81,7 +81,7 @@ def test_split_depends_on_seed_and_id_not_on_the_other_documents(tmp_path):
         folder = tmp_path / f"{documents}-{seed}"
         folder.mkdir()
         config = corpus_config(folder, documents, tokenizer="bytes")
-        config.seed = seed
+        config.data.split_seed = seed
         corpus = open_corpus(config)
         texts = decoded(config, corpus.heldout, corpus.heldout_starts)
         return {text.split("marker")[1][:3] for text in texts}
@@ -179,7 +179,7 @@ def test_everything_that_determines_the_corpus_is_in_the_key(tmp_path):
     for name, value in changes.items():
         prints.add(open_corpus(corpus_config(tmp_path, **{name: value})).fingerprint)
     config = corpus_config(tmp_path)
-    config.seed = 1
+    config.data.split_seed = 1
     prints.add(open_corpus(config).fingerprint)
     config.model.vocab_size = 300
     prints.add(open_corpus(config).fingerprint)

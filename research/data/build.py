@@ -42,7 +42,7 @@ def build(folder: Path, config: Any) -> None:
         "path": data.path,
         "source_files": len(source_files(data)),
         "protocol": data.protocol,
-        "seed": config.seed,
+        "split_seed": config.data.split_seed,
         "heldout_fraction": data.heldout_fraction,
         "limits": {
             name: data[name] for name in ("max_documents", "max_document_chars", "max_tokens")
@@ -76,7 +76,7 @@ def sha256(path: Path) -> str:
 def fingerprint(manifest: dict[str, Any]) -> str:
     """sha256 over the contents: arrays, tokenizer and split; no paths, no times."""
     contents = {name: file["sha256"] for name, file in manifest["files"].items()}
-    split = [manifest[name] for name in ("protocol", "seed", "heldout_fraction", "eot")]
+    split = [manifest[name] for name in ("protocol", "split_seed", "heldout_fraction", "eot")]
     return hashlib.sha256(json.dumps([contents, split], sort_keys=True).encode()).hexdigest()
 
 
@@ -88,7 +88,7 @@ def _split(config: Any) -> Iterator[tuple[Document, str]]:
     fraction = config.data.heldout_fraction if config.data.protocol == "clean" else 0.0
     seen: dict[bytes, str] = {}
     for document in documents(config.data):
-        drawn = int.from_bytes(_blake2b(f"{config.seed}\0{document.id}")) / 2**64
+        drawn = int.from_bytes(_blake2b(f"{config.data.split_seed}\0{document.id}")) / 2**64
         split = "heldout" if drawn < fraction else "train"
         yield document, seen.setdefault(_blake2b(document.text, size=16), split)
 

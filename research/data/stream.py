@@ -115,11 +115,11 @@ def validation_windows(corpus: Corpus, config: Any, count: int) -> np.ndarray:
     """
     if corpus.protocol == "published":
         train, heldout = _count_windows(corpus, config)
-        order = _permutation(train + heldout, config.seed, "window split")
+        order = _permutation(train + heldout, config.data.split_seed, "window split")
         starts = [order[train + i] for i in range(min(count, heldout))]
     else:
         heldout = (len(corpus.heldout) - 1) // config.seq_len
-        order = _permutation(heldout, config.seed, "held-out windows") if heldout else []
+        order = _permutation(heldout, config.data.split_seed, "held-out windows") if heldout else []
         starts = [order[i] * config.seq_len for i in range(min(count, heldout))]
     if not starts:
         message = f"the held-out split has {len(corpus.heldout)} tokens, no window of this length"
@@ -130,9 +130,9 @@ def validation_windows(corpus: Corpus, config: Any, count: int) -> np.ndarray:
 def own_length_windows(corpus: Corpus, config: Any) -> dict[str, np.ndarray]:
     """Held-out windows of the training length, as rows like those of `batch`.
 
-    They hold as many whole windows as make up config.eval.num_targets, and at least one.
+    As many whole windows as make up config.eval.own_targets, and at least one.
     """
-    count = max(1, config.eval.num_targets // config.seq_len)
+    count = max(1, config.eval.own_targets // config.seq_len)
     starts = validation_windows(corpus, config, count)
     rows = window_rows(corpus.heldout, starts, config.seq_len)
     if config.data.mask_documents:
@@ -141,10 +141,11 @@ def own_length_windows(corpus: Corpus, config: Any) -> dict[str, np.ndarray]:
 
 
 def heldout_targets(corpus: Corpus, config: Any) -> Targets:
-    """The held-out targets: a pure function of (corpus, seed, eval.contexts, eval.num_targets).
+    """The held-out targets: a pure function of (corpus, data.split_seed, eval.contexts,
+    eval.num_targets).
 
-    With c the longest context, a run is c / 4 neighbours of one document with more than c tokens of
-    it before them. Runs do not overlap, and are drawn from as many documents as possible: a second
+    With c the longest context, a run is eval.run_length neighbours (c / 4 at most) of one document
+    with more than c tokens of it before them. Runs do not overlap, and are drawn from as many documents as possible: a second
     of one only when each has given its first.
     Raises: ConfigError where the contexts are no multiples of 4, or too few targets have so much
     before them.
@@ -155,17 +156,17 @@ def heldout_targets(corpus: Corpus, config: Any) -> Targets:
             "config.eval.contexts", contexts, "give multiples of 4 tokens, such as (24, 96)"
         )
     longest = max(contexts)
-    length = longest // 4
+    length = _run_length(longest, config)
     if wanted < length:
-        message = f"a run at context {longest} is {length} targets; give as many or more"
+        message = f"a run of targets is {length}; give as many or more"
         raise ConfigError("config.eval.num_targets", wanted, message)
-    runs_D = _count_runs(corpus, longest)
+    runs_D = _count_runs(corpus, longest, length)
     if runs_D.sum() < wanted // length:
-        raise _too_few_targets(corpus, contexts, wanted)
+        raise _too_few_targets(corpus, config)
     owners_R = np.repeat(np.arange(len(runs_D)), runs_D)
     nth_R = np.arange(len(owners_R)) - np.repeat(np.cumsum(runs_D) - runs_D, runs_D)
     firsts_R = corpus.heldout_starts[owners_R] + longest + 1 + nth_R * length
-    chosen = _spread(owners_R, len(runs_D), wanted // length, config.seed)
+    chosen = _spread(owners_R, len(runs_D), wanted // length, config.data.split_seed)
     return Targets(
         positions=(firsts_R[chosen][:, None] + np.arange(length)).reshape(-1),
         documents=np.repeat(owners_R[chosen], length).astype(np.int32),
@@ -174,10 +175,10 @@ def heldout_targets(corpus: Corpus, config: Any) -> Targets:
 
 
 def context_windows(targets: Targets, corpus: Corpus, context: int) -> dict[str, np.ndarray]:
-    """Windows int32 `inputs` and `targets` [W, 1.25 c] that score each target once.
+    """Windows int32 `inputs` and `targets` [W, c + n] that score each target once.
 
-    The last c / 4 targets of a window are scored, with c + 1 to 1.25 c tokens before them; the
-    others are -1. Read row by row they come in the order of `targets`.
+    The last n targets of a window are scored, n being a run of targets or c / 4, what is less, with
+    c + 1 to c + n tokens before them; the others are -1. Read row by row they come in the order of `targets`.
     Raises: ConfigError where `context` is no multiple of 4, or longer than the longest that the
     targets were drawn for.
     """
@@ -185,7 +186,8 @@ def context_windows(targets: Targets, corpus: Corpus, context: int) -> dict[str,
         raise ConfigError(
             "config.eval.contexts", context, "give multiples of 4 tokens, such as (24, 96)"
         )
-    stride, length = context // 4, context + context // 4
+    stride = min(context // 4, targets.run_length)
+    length = context + stride
     begins = np.arange(0, targets.run_length, stride)
     ends = np.minimum(begins + stride, targets.run_length)
     runs = targets.positions.reshape(-1, targets.run_length)
@@ -234,7 +236,7 @@ def _count_windows(corpus: Corpus, config: Any) -> tuple[int, int]:
 def _train_windows(corpus: Corpus, config: Any, indices: np.ndarray) -> np.ndarray:
     """Starts of the train windows at places `indices` of the run."""
     train, heldout = _count_windows(corpus, config)
-    split = _permutation(train + heldout, config.seed, "window split")
+    split = _permutation(train + heldout, config.data.split_seed, "window split")
     starts = []
     for epoch, group in itertools.groupby(indices.tolist(), key=lambda index: index // train):
         order = _permutation(train, config.seed, f"windows of epoch {epoch}")
@@ -255,10 +257,15 @@ def _document_rows(document_starts: np.ndarray, sources_BT: np.ndarray) -> dict[
     }
 
 
-def _count_runs(corpus: Corpus, context: int) -> np.ndarray:
-    """int64 [documents]: runs of context / 4 targets that each held-out document has room for."""
+def _run_length(context: int, config: Any) -> int:
+    """Neighbouring targets of a run, when `context` is the longest."""
+    return min(context // 4, config.eval.run_length)
+
+
+def _count_runs(corpus: Corpus, context: int, length: int) -> np.ndarray:
+    """int64 [documents]: runs of `length` targets that each held-out document has room for."""
     lengths_D = np.diff(corpus.heldout_starts, append=len(corpus.heldout))
-    return np.maximum((lengths_D - context - 1) // (context // 4), 0)
+    return np.maximum((lengths_D - context - 1) // length, 0)
 
 
 def _spread(owners_R: np.ndarray, documents: int, count: int, seed: int) -> np.ndarray:
@@ -273,14 +280,19 @@ def _spread(owners_R: np.ndarray, documents: int, count: int, seed: int) -> np.n
     return np.sort(np.lexsort((keys_D[owners_R], rounds_R))[:count])
 
 
-def _too_few_targets(corpus: Corpus, contexts: tuple[int, ...], wanted: int) -> ConfigError:
+def _too_few_targets(corpus: Corpus, config: Any) -> ConfigError:
     """The error that says how many targets there are, and which context would do."""
+    contexts, wanted = tuple(config.eval.contexts), config.eval.num_targets
+
+    def count(context: int) -> int:
+        length = _run_length(context, config)
+        return int(_count_runs(corpus, context, length).sum()) * length
 
     def works(context: int) -> bool:
-        return _count_runs(corpus, context).sum() >= wanted // (context // 4)
+        return count(context) >= wanted // _run_length(context, config) * _run_length(context, config)
 
     longest = max(contexts)
-    there = int(_count_runs(corpus, longest).sum()) * (longest // 4)
+    there = count(longest)
     found = f"the held-out documents have {there} targets with {longest} tokens before them"
     if not works(4):
         message = f"{found}; no context has as many: lower it, or give more text"

@@ -1,6 +1,6 @@
 """The corpus as two memory-mapped token arrays, cached: documents split first, tokenised after.
 
-Protocol `clean`: a hash of (seed, document id) puts each document into the train or the held-out
+Protocol `clean`: a hash of (split_seed, document id) puts each document into the train or the held-out
 split, then each split's documents are concatenated, each followed by end-of-text. Protocol
 `published` (of the experiment that this project answers; it leaks on purpose): all documents
 concatenated without separators; `stream` splits its windows instead.
@@ -100,10 +100,10 @@ def _cache_key(config: Any) -> str:
     data = config.data
     names = (
         "source", "path", "text_field", "protocol", "tokenizer", "max_documents",
-        "max_document_chars", "max_tokens", "heldout_fraction",
+        "max_document_chars", "max_tokens", "heldout_fraction", "split_seed",
     )  # fmt: skip
     described = {name: data[name] for name in names}
-    described |= {"format": FORMAT, "seed": config.seed, "vocab_size": config.model.vocab_size}
+    described |= {"format": FORMAT, "vocab_size": config.model.vocab_size}
     try:
         described["files"] = [(name, sha256(path)) for name, path in source_files(data)]
     except OSError as error:

@@ -1,0 +1,308 @@
+"""Times our training step beside the PyTorch original's, on the strategies' shapes, in one run.
+
+    python -m experiments.benchmark --scale=cpu --repeats=5 \
+        --out=experiments/results/benchmark/cpu.json
+
+A step is everything: forward, backward, clipping, Muon and AdamW, in float32 on all cores. Every
+round takes one step of each implementation on each strategy and measures the machine, so that
+what slows the machine down slows all of them. Both train on the same random tokens, from random
+weights of the same distribution. The original (tests/parity/original.py) runs where PyTorch is
+installed and JAX runs on the CPU.
+
+    python -m experiments.benchmark --scale=published --steps=1 --out=...
+
+takes real steps in a process for each shape and implementation, and reports its peak memory.
+--strategies, --implementations and any --config.field=value choose what runs.
+Exit codes: 0; 1, a step failed (its row says how); 2, a mistake in the arguments, nothing written.
+"""
+
+import argparse
+import datetime
+import gc
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from experiments.contestants import BUILDERS, machine_speeds, process_peak_bytes, seconds_of
+from experiments.flags import load_config
+from research.config import ConfigError
+
+STRATEGIES = ("large_batch", "balanced", "long_seq")
+IMPLEMENTATIONS = ("ours", "original")
+ROOT = Path(__file__).resolve().parents[1]
+TIMED = ("tokens/s", "GFLOP/s", "of the matmul", "original / ours", "a token's cost", "its FLOPs")
+
+
+def main(argv: Sequence[str]) -> int:
+    try:
+        arguments, configs = parse(argv)
+        if arguments.child:
+            print(json.dumps(measure_memory(arguments, configs)))
+            return 0
+        run = run_children if arguments.steps else time_all
+        content = describe(argv, arguments) | run(arguments, configs, argv)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    from research.result import write_json
+
+    Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
+    write_json(arguments.out, content)
+    show(content)
+    print(arguments.out)
+    return int(any("failed" in row for row in content["rows"]))
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, ConfigDict]]:
+    """The arguments, and the config of each chosen strategy.
+
+    Raises: ConfigError for a value that is wrong, before anything runs.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.benchmark",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--scale", default="cpu")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=0)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--strategies", default=",".join(STRATEGIES))
+    parser.add_argument("--implementations", default="")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    arguments, overrides = parser.parse_known_args(argv)
+    for name, least in (("repeats", 1), ("steps", 0)):
+        if getattr(arguments, name) < least:
+            raise ConfigError(f"--{name}", getattr(arguments, name), f"must be {least} or more")
+    arguments.strategies = choose("--strategies", arguments.strategies, STRATEGIES)
+    has_torch = importlib.util.find_spec("torch") is not None
+    given = arguments.implementations or ",".join(IMPLEMENTATIONS[: 1 + has_torch])
+    arguments.implementations = choose("--implementations", given, IMPLEMENTATIONS)
+    if "original" in arguments.implementations and not has_torch:
+        raise ConfigError("--implementations", given, "the original needs pip install torch")
+    overrides = ["--config.model.dtype=float32", *overrides]
+    configs = {}
+    for name in arguments.strategies:
+        configs[name] = load_config(f"{ROOT / 'configs' / name}.py:{arguments.scale}", overrides)
+        check(configs[name], arguments.implementations)
+    return arguments, configs
+
+
+def choose(flag: str, given: str, known: Sequence[str]) -> list[str]:
+    names = given.split(",")
+    for name in names:
+        if name not in known:
+            raise ConfigError(flag, name, f"choose from {','.join(known)}")
+    return names
+
+
+def check(config: ConfigDict, implementations: Sequence[str]) -> None:
+    dtype, accumulation = config.model.dtype, config.train.accumulation
+    if accumulation != 1:
+        raise ConfigError("config.train.accumulation", accumulation, "whole batches only; use 1")
+    if "original" in implementations and dtype != "float32":
+        message = "the original runs in float32; add --implementations=ours"
+        raise ConfigError("config.model.dtype", dtype, message)
+
+
+def time_all(arguments: argparse.Namespace, configs: dict[str, ConfigDict], _: Sequence[str]) -> dict[str, Any]:
+    """One step of every contestant and one measurement of the machine a round, in turn."""
+    import jax
+
+    if "original" in arguments.implementations and jax.default_backend() != "cpu":
+        message = f"runs on the CPU, JAX on {jax.default_backend()}; use ours"
+        raise ConfigError("--implementations", "original", message)
+    steps, facts = {}, {}
+    for name, config in configs.items():
+        for implementation in arguments.implementations:
+            progress(f"{name} {implementation}: build, and one step to warm up")
+            contestant = (name, implementation)
+            steps[contestant], facts[contestant] = BUILDERS[implementation](config)
+            steps[contestant]()
+    machine = machine_speeds("original" in arguments.implementations)
+    for measure in machine.values():
+        measure()
+    seconds = {contestant: [] for contestant in steps}
+    speeds = {name: [] for name in machine}
+    for number in range(arguments.repeats):
+        for name, measure in machine.items():
+            speeds[name].append(measure())
+        for name in configs:
+            turn = arguments.implementations[:: -1 if number % 2 else 1]  # each goes first in turn
+            for implementation in turn:
+                gc.collect()
+                taken, loss = seconds_of(steps[name, implementation])
+                seconds[name, implementation].append(taken)
+                where = f"round {number + 1}/{arguments.repeats} {name} {implementation}"
+                progress(f"{where}: {taken:.3f} s, loss {loss:.3f}")
+    return dict(
+        machine={name: spread(values) | dict(best=max(values)) for name, values in speeds.items()},
+        rows=compare(seconds, facts, configs, speeds),
+    )
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    return dict(zip(("p10", "median", "p90"), np.percentile(values, (10, 50, 90)).tolist(), strict=True))
+
+
+def compare(
+    seconds: dict[tuple[str, str], list[float]],
+    facts: dict[tuple[str, str], dict[str, Any]],
+    configs: dict[str, ConfigDict],
+    speeds: dict[str, list[float]],
+) -> list[dict[str, Any]]:
+    """A row for each (strategy, implementation).
+
+    matmul_share: model FLOP/s over the fastest matmul seen. original_over_ours: of the steps of one
+    round. cost_per_token and flops_per_token_ratio: over those of the shortest strategy.
+    """
+    from research import flops
+
+    peak = max(max(values) for name, values in speeds.items() if name.startswith("matmul"))
+    shortest = min(configs, key=lambda name: configs[name].seq_len)
+    cost = {n: flops.train_flops_per_token(c.model, c.seq_len) for n, c in configs.items()}
+
+    def tokens_per_second(name: str, implementation: str) -> float:
+        taken = float(np.median(seconds[name, implementation]))
+        return configs[name].batch_size * configs[name].seq_len / taken
+
+    rows = []
+    for (name, implementation), taken in seconds.items():
+        config, rate = configs[name], tokens_per_second(name, implementation)
+        row = dict(
+            strategy=name,
+            implementation=implementation,
+            batch_size=config.batch_size,
+            seq_len=config.seq_len,
+            seconds=spread(taken),
+            all_seconds=taken,
+            tokens_per_second=rate,
+            flops_per_second=rate * cost[name],
+            matmul_share=rate * cost[name] / peak,
+            cost_per_token=tokens_per_second(shortest, implementation) / rate,
+            flops_per_token_ratio=cost[name] / cost[shortest],
+            **facts[name, implementation],
+        )
+        theirs = seconds.get((name, "original"))
+        if implementation == "ours" and theirs:
+            row["original_over_ours"] = spread(np.divide(theirs, taken))
+        rows.append(row)
+    return rows
+
+
+def run_children(arguments: argparse.Namespace, configs: dict[str, ConfigDict], argv: Sequence[str]) -> dict[str, Any]:
+    """A row for each strategy and implementation, of a process of its own."""
+    rows = []
+    for name, implementation in itertools.product(configs, arguments.implementations):
+        progress(f"{name} {implementation}: {arguments.steps} step(s)")
+        choice = ["--child", f"--strategies={name}", f"--implementations={implementation}"]
+        command = [sys.executable, "-m", "experiments.benchmark", *argv, *choice]
+        child = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        if child.returncode == 2:
+            sys.exit(2)  # the child has said which field is wrong
+        failed = dict(failed=f"exit code {child.returncode}")
+        measured = failed if child.returncode else json.loads(child.stdout)
+        shape = dict(batch_size=configs[name].batch_size, seq_len=configs[name].seq_len)
+        rows.append(dict(strategy=name, implementation=implementation) | shape | measured)
+    return dict(rows=rows)
+
+
+def measure_memory(arguments: argparse.Namespace, configs: dict[str, ConfigDict]) -> dict[str, Any]:
+    """In a child: its steps, and the most memory it ever held, compilation included."""
+    (config,), (implementation,) = configs.values(), arguments.implementations
+    step, facts = BUILDERS[implementation](config)
+    taken, losses = zip(*(seconds_of(step) for _ in range(arguments.steps)), strict=True)
+    peak_bytes = process_peak_bytes()
+    from research import metrics  # not before: it loads JAX, which the original is without
+
+    return dict(
+        all_seconds=taken,
+        losses=losses,
+        peak_bytes=peak_bytes,
+        device_peak_bytes=metrics.device_peak_bytes() if implementation == "ours" else None,
+        **facts,
+    )
+
+
+def describe(argv: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Where and how the numbers were made."""
+    from research import metrics
+
+    torch = "original" in arguments.implementations
+    return dict(
+        command=f"python -m experiments.benchmark {shlex.join(argv)}",
+        date=datetime.date.today().isoformat(),
+        scale=arguments.scale,
+        repeats=arguments.steps or arguments.repeats,
+        environment=metrics.environment(),
+        torch=importlib.metadata.version("torch") if torch else None,
+    )
+
+
+def progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def show(content: dict[str, Any]) -> None:
+    """The rows as a table on the screen."""
+    timed = "machine" in content
+    table = Table(title=f"{content['scale']}, {content['environment']['device']}, {content['date']}")
+    numbers = TIMED if timed else ("peak memory", "compiled step")
+    for name in ("strategy", "B x T", "implementation"):
+        table.add_column(name)
+    for name in ("s a step", *numbers):
+        table.add_column(name, justify="right")
+    for row in content["rows"]:
+        shape = f"{row['batch_size']} x {row['seq_len']}"
+        cells = timed_cells(row) if timed else memory_cells(row)
+        table.add_row(row["strategy"], shape, row["implementation"], *cells)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(table)
+    if timed:
+        for name, speed in content["machine"].items():
+            console.print(f"{name}: {speed['median'] / 1e9:.1f} G/s, best {speed['best'] / 1e9:.1f}")
+
+
+def timed_cells(row: dict[str, Any]) -> list[str]:
+    ratio = row.get("original_over_ours")
+    return [
+        with_spread(row["seconds"]),
+        f"{row['tokens_per_second']:,.0f}",
+        f"{row['flops_per_second'] / 1e9:,.1f}",
+        f"{row['matmul_share']:.0%}",
+        with_spread(ratio) if ratio else "",
+        f"{row['cost_per_token']:.2f}",
+        f"{row['flops_per_token_ratio']:.2f}",
+    ]
+
+
+def memory_cells(row: dict[str, Any]) -> list[str]:
+    if "failed" in row:
+        return ["", row["failed"], ""]
+    compiled = row.get("compiled_bytes")
+    return [
+        f"{float(np.median(row['all_seconds'])):.2f}",
+        f"{row['peak_bytes'] / 1e9:.2f} GB",
+        f"{compiled / 1e9:.2f} GB" if compiled else "",
+    ]
+
+
+def with_spread(values: dict[str, float]) -> str:
+    return f"{values['median']:.2f} ({values['p10']:.2f} to {values['p90']:.2f})"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
