@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 SCALES = ("cpu", "published")
-CPU_TOKENS = 64 * 8192  # a run of the `cpu` scale: the same for every strategy
+CPU_TOKENS = 80 * 8192  # a run of the `cpu` scale: the same for every strategy
 
 
 def get_config(scale: str = "cpu") -> ConfigDict:
@@ -71,8 +71,8 @@ def _optimizer() -> ConfigDict:
     return ConfigDict(
         dict(
             name="muon",  # muon (matrices) + AdamW (embedding, norms) | adamw (everything)
-            learning_rate=0.02,  # Muon's; AdamW's where name is adamw
-            adamw_learning_rate=0.003,  # of the AdamW group beside Muon
+            learning_rate=0.04,  # Muon's; AdamW's where name is adamw
+            adamw_learning_rate=0.03,  # of the AdamW group beside Muon
             momentum=0.95,
             muon_weight_decay=0.0,
             weight_decay=0.1,  # AdamW's
@@ -94,8 +94,8 @@ def _train() -> ConfigDict:
             steps=placeholder(int),  # one of steps and tokens is set
             tokens=placeholder(int),
             accumulation=1,  # microbatches a step
-            eval_every=16,  # steps; 0: only at the end
-            checkpoint_every=32,  # steps; 0: only at the end
+            eval_every=20,  # steps; 0: only at the end
+            checkpoint_every=20,  # steps; 0: only at the end
             log_every=1,
             keep_last=2,  # checkpoints
             keep_best=True,  # and the one with the lowest held-out loss
@@ -176,7 +176,5 @@ def _published(config: ConfigDict) -> None:
             max_epochs=0,
         )
     )
-    config.eval.update(
-        dict(contexts=(48, 192, 768, 3072), num_targets=24_576, run_length=192, batch_tokens=32_768)
-    )
+    config.eval.update(dict(contexts=(48, 192, 768, 3072), num_targets=24_576, run_length=192, batch_tokens=32_768))
     config.eval.own_targets = 50 * 26 * 1024  # the original scored 50 batches

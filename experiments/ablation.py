@@ -94,25 +94,17 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--scale", default="cpu", help="of the configs: cpu (default) or published")
-    parser.add_argument(
-        "--workdir", type=Path, required=True, help="each strategy gets a folder in it"
-    )
-    parser.add_argument(
-        "--strategies", type=_names, help="names of configs/*.py, divided by commas"
-    )
+    parser.add_argument("--workdir", type=Path, required=True, help="each strategy gets a folder in it")
+    parser.add_argument("--strategies", type=_names, help="names of configs/*.py, divided by commas")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--dry_run", action="store_true", help="print the commands, run nothing")
     mode.add_argument("--check_only", action="store_true", help="check the configs, run nothing")
-    mode.add_argument(
-        "--report_only", action="store_true", help="make the report again, run nothing"
-    )
+    mode.add_argument("--report_only", action="store_true", help="make the report again, run nothing")
     arguments, rest = parser.parse_known_args(argv)
     overrides = [argument for argument in rest if argument != "--"]
     for override in overrides:
         if not override.startswith("--config.") or "=" not in override:
-            raise ConfigError(
-                "argument", override, "unknown; write overrides as --config.field=value"
-            )
+            raise ConfigError("argument", override, "unknown; write overrides as --config.field=value")
     return arguments, overrides
 
 

@@ -23,6 +23,7 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -35,17 +36,22 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from experiments.contestants import BUILDERS, machine_speeds, process_peak_bytes, seconds_of
+from experiments.contestants import BUILDERS, machine_speeds, seconds_of
 from experiments.flags import load_config
+from research import process
 from research.config import ConfigError
 
 STRATEGIES = ("large_batch", "balanced", "long_seq")
 IMPLEMENTATIONS = ("ours", "original")
+BUSY = 0.5  # processes that run on average before we begin
 ROOT = Path(__file__).resolve().parents[1]
 TIMED = ("tokens/s", "GFLOP/s", "of the matmul", "original / ours", "a token's cost", "its FLOPs")
 
 
 def main(argv: Sequence[str]) -> int:
+    # Before anything loads OpenMP, for the original's sake: where its threads spin while they wait, other work on the
+    # same cores makes a step hundreds of times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         arguments, configs = parse(argv)
         if arguments.child:
@@ -150,7 +156,7 @@ def time_all(arguments: argparse.Namespace, configs: dict[str, ConfigDict], _: S
                 progress(f"{where}: {taken:.3f} s, loss {loss:.3f}")
     return dict(
         machine={name: spread(values) | dict(best=max(values)) for name, values in speeds.items()},
-        rows=compare(seconds, facts, configs, speeds),
+        rows=compare(seconds, {contestant: f() for contestant, f in facts.items()}, configs, speeds),
     )
 
 
@@ -225,15 +231,17 @@ def measure_memory(arguments: argparse.Namespace, configs: dict[str, ConfigDict]
     (config,), (implementation,) = configs.values(), arguments.implementations
     step, facts = BUILDERS[implementation](config)
     taken, losses = zip(*(seconds_of(step) for _ in range(arguments.steps)), strict=True)
-    peak_bytes = process_peak_bytes()
-    from research import metrics  # not before: it loads JAX, which the original is without
+    peak_bytes = process.peak_bytes()
+    loaded = [name for name in ("jax", "torch") if name in sys.modules]
+    from research import metrics  # not before: it loads JAX and PyTorch
 
     return dict(
         all_seconds=taken,
         losses=losses,
         peak_bytes=peak_bytes,
+        loaded=loaded,
         device_peak_bytes=metrics.device_peak_bytes() if implementation == "ours" else None,
-        **facts,
+        **facts(),
     )
 
 
@@ -242,11 +250,15 @@ def describe(argv: Sequence[str], arguments: argparse.Namespace) -> dict[str, An
     from research import metrics
 
     torch = "original" in arguments.implementations
+    load = os.getloadavg()[0]
+    if load > BUSY:
+        progress(f"warning: load average {load:.1f}: other work shares this machine, and so these timings")
     return dict(
         command=f"python -m experiments.benchmark {shlex.join(argv)}",
         date=datetime.date.today().isoformat(),
         scale=arguments.scale,
         repeats=arguments.steps or arguments.repeats,
+        load_average=load,
         environment=metrics.environment(),
         torch=importlib.metadata.version("torch") if torch else None,
     )
@@ -264,12 +276,12 @@ def show(content: dict[str, Any]) -> None:
     for name in ("strategy", "B x T", "implementation"):
         table.add_column(name)
     for name in ("s a step", *numbers):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for row in content["rows"]:
         shape = f"{row['batch_size']} x {row['seq_len']}"
         cells = timed_cells(row) if timed else memory_cells(row)
         table.add_row(row["strategy"], shape, row["implementation"], *cells)
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
     if timed:
         for name, speed in content["machine"].items():
@@ -301,7 +313,7 @@ def memory_cells(row: dict[str, Any]) -> list[str]:
 
 
 def with_spread(values: dict[str, float]) -> str:
-    return f"{values['median']:.2f} ({values['p10']:.2f} to {values['p90']:.2f})"
+    return f"{values['median']:.3g} ({values['p10']:.3g} to {values['p90']:.3g})"
 
 
 if __name__ == "__main__":

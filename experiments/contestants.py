@@ -5,11 +5,8 @@ of them is without the other.
 """
 
 import os
-import resource
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +17,7 @@ from research.config import num_steps, validate
 MATMUL_SIZE = 2048
 COPY_BYTES = 256 * 2**20
 Step = Callable[[], float]  # takes one training step, waits for it, returns its cross-entropy
+Facts = Callable[[], dict[str, Any]]  # what else there is to say of it: call it after the steps
 
 
 def random_batch(config: ConfigDict) -> dict[str, np.ndarray]:
@@ -30,14 +28,13 @@ def random_batch(config: ConfigDict) -> dict[str, np.ndarray]:
     return dict(inputs=tokens[:, :-1], targets=tokens[:, 1:])
 
 
-def build_ours(config: ConfigDict) -> tuple[Step, dict[str, Any]]:
+def build_ours(config: ConfigDict) -> tuple[Step, Facts]:
     """A step of research/, compiled, and what compilation took and needs."""
     import jax
 
     from research import sharding, step
     from research.model import ModelConfig, MoETransformer
     from research.optimizer import make_optimizer, make_schedule
-    from research.result import compiled_bytes
 
     shape = sharding.mesh_shape(config.mesh, len(jax.devices()))
     validate(config, shape, jax.default_backend())
@@ -57,10 +54,15 @@ def build_ours(config: ConfigDict) -> tuple[Step, dict[str, Any]]:
         state, metrics = jax.block_until_ready(compiled(state, batch))
         return float(metrics["loss"])
 
-    return take, dict(compile_seconds=compile_seconds, compiled_bytes=compiled_bytes(compiled))
+    def facts() -> dict[str, Any]:
+        from research.result import compiled_bytes  # loads TensorBoard, and that PyTorch
+
+        return dict(compile_seconds=compile_seconds, compiled_bytes=compiled_bytes(compiled))
+
+    return take, facts
 
 
-def build_original(config: ConfigDict) -> tuple[Step, dict[str, Any]]:
+def build_original(config: ConfigDict) -> tuple[Step, Facts]:
     """A step of the PyTorch original."""
     import torch
 
@@ -72,7 +74,8 @@ def build_original(config: ConfigDict) -> tuple[Step, dict[str, Any]]:
     trainer = Trainer(model, config.optimizer, num_steps(config))
     batch = random_batch(config)
     tensors = tuple(torch.tensor(batch[k], dtype=torch.int64) for k in ("inputs", "targets"))
-    return lambda: trainer.step(tensors, config.model.balance_weight), {}
+    facts = dict(threads=torch.get_num_threads(), wait_policy=os.environ.get("OMP_WAIT_POLICY"))
+    return lambda: trainer.step(tensors, config.model.balance_weight), lambda: facts
 
 
 BUILDERS = {"ours": build_ours, "original": build_original}
@@ -108,16 +111,3 @@ def machine_speeds(with_torch: bool) -> dict[str, Callable[[], float]]:
         return amount[name.partition("_")[0]] / seconds_of(work[name])[0]
 
     return {name: lambda name=name: speed(name) for name in work}
-
-
-def process_peak_bytes() -> int:
-    """The largest resident size of this process since it began.
-
-    On Linux ru_maxrss begins at the parent's: the kernel's own high-water mark (VmHWM) does not.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return int(fields["VmHWM"].split()[0]) * 1024  # written in kB
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

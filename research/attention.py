@@ -1,7 +1,7 @@
 """Causal attention behind one function, and rotary position embeddings.
 
-Backends: `xla` materialises the [B, H, T, T] scores; `chunked` never keeps them (queries a chunk at a time, recomputed in
-the backward pass as in FlashAttention, Dao et al. 2022, arXiv:2205.14135); `cudnn` is the fused kernel of NVIDIA GPUs.
+Backends: `xla` materialises the [B, H, T, T] scores; `chunked` never keeps them (queries a chunk at a time, recomputed
+in the backward pass as in FlashAttention, Dao et al. 2022, arXiv:2205.14135); `cudnn` is NVIDIA's fused kernel.
 Letters: B batch, T queries, S keys, H heads, K head width, R rows = B * H.
 """
 
@@ -24,13 +24,20 @@ def rotary_tables(positions_BT: jax.Array, head_dim: int, base: float) -> tuple[
     return jnp.cos(angles), jnp.sin(angles)
 
 
+def deinterleave(x: jax.Array) -> jax.Array:
+    """The last axis with its even entries first: pairs (2i, 2i+1) become (i, i + K/2), as `rotate` takes them.
+
+    Done to the weights of queries and keys, once a step instead of once a token: scores do not depend on the order.
+    """
+    return jnp.concatenate([x[..., 0::2], x[..., 1::2]], axis=-1)
+
+
 def rotate(x_BTHK: jax.Array, cos_BTK: jax.Array, sin_BTK: jax.Array) -> jax.Array:
-    """Rotate the interleaved pairs (2i, 2i+1) of the head width by the angles of the tables."""
-    pairs = x_BTHK.astype(jnp.float32).reshape(*x_BTHK.shape[:-1], -1, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
+    """Rotate the pairs (i, i + K/2) of the head width by the angles of the tables."""
+    even, odd = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos_BTK[:, :, None], sin_BTK[:, :, None]
-    out = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return out.reshape(x_BTHK.shape).astype(x_BTHK.dtype)
+    out = jnp.concatenate([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return out.astype(x_BTHK.dtype)
 
 
 def resolve_backend(backend: str, platform: str, *, dropout: float, masked: bool, seq: int) -> str:
@@ -54,8 +61,8 @@ def attend(
 ) -> jax.Array:
     """Softmax attention [B, T, H, K], each query over the keys at or before it (and of its own segment).
 
-    All inputs are sharded P(('data', 'expert'), 'seq'); K and V are gathered over `seq`. `dropout` is the share of attention
-    probabilities that are set to 0, drawn from `key`.
+    All inputs are sharded P(('data', 'expert'), 'seq'); K and V are gathered over `seq`. `dropout` is the share of
+    attention probabilities that are set to 0, drawn from `key`.
     """
     if backend == "xla":
         return _attend_xla(q_BTHK, k_BTHK, v_BTHK, segments_BT, dropout, key)
@@ -79,9 +86,7 @@ def _attend_xla(q, k, v, segments, dropout, key):
     scores_BHTS = jnp.where(allowed, scores_BHTS * q.shape[-1] ** -0.5, MASKED)
     probabilities = jax.nn.softmax(scores_BHTS, axis=-1)
     if dropout > 0:
-        keep = jax.random.bernoulli(
-            key, 1 - dropout, scores_BHTS.shape, out_sharding=jax.typeof(scores_BHTS).sharding
-        )
+        keep = jax.random.bernoulli(key, 1 - dropout, scores_BHTS.shape, out_sharding=jax.typeof(scores_BHTS).sharding)
         probabilities = jnp.where(keep, probabilities / (1 - dropout), 0)
     return jnp.einsum("bhts,bshk->bthk", probabilities.astype(v.dtype), v)
 
@@ -89,9 +94,7 @@ def _attend_xla(q, k, v, segments, dropout, key):
 def _attend_cudnn(q, k, v):
     spec = P(BATCH, None, None, None)  # config.validate refuses cudnn with a seq axis larger than 1
     kernel = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
-    out = jax.shard_map(kernel, in_specs=(spec,) * 3, out_specs=spec)(
-        *jax.reshard((q, k, v), (spec,) * 3)
-    )
+    out = jax.shard_map(kernel, in_specs=(spec,) * 3, out_specs=spec)(*jax.reshard((q, k, v), (spec,) * 3))
     return jax.reshard(out, P(BATCH, "seq", None, None))
 
 

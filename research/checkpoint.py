@@ -40,7 +40,19 @@ def open_manager(workdir: str, keep_last: int, keep_best: bool) -> ocp.Checkpoin
         preservation_policy=AnyPreservationPolicy(policies),
         best_fn=_rank,  # without it metrics are dropped, and a resumed run has forgotten its best
     )
-    return ocp.CheckpointManager(Path(workdir).absolute() / "checkpoints", options=options)
+    folder = Path(workdir).absolute() / "checkpoints"
+    _forget_damaged_losses(folder)
+    return ocp.CheckpointManager(folder, options=options)
+
+
+def _forget_damaged_losses(folder: Path) -> None:
+    """Removes the held-out losses that cannot be read, which Orbax would not open the folder with."""
+    for path in folder.glob("*/metrics/metrics"):
+        try:
+            _rank(json.loads(path.read_bytes()))
+        except (ValueError, KeyError, TypeError):
+            log.warning("the held-out loss in %s is damaged; it is not among the best", path)
+            path.unlink(missing_ok=True)
 
 
 def _rank(metrics: dict[str, float | None]) -> float:
@@ -49,9 +61,7 @@ def _rank(metrics: dict[str, float | None]) -> float:
     return -math.inf if loss is None else -loss
 
 
-def save(
-    manager: ocp.CheckpointManager, step: int, state: Any, meta: dict[str, Any], metric: float | None
-) -> None:
+def save(manager: ocp.CheckpointManager, step: int, state: Any, meta: dict[str, Any], metric: float | None) -> None:
     """Starts to save `state` (a pytree of arrays) and `meta` (JSON); a step that is there already is left.
 
     metric: the held-out loss, lower is better; None where it was not measured. `state` may be donated afterwards.
@@ -94,9 +104,7 @@ def restore(manager: ocp.CheckpointManager, abstract_state: Any) -> tuple[Any, d
 
 
 def _restore(manager: ocp.CheckpointManager, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-    args = ocp.args.Composite(
-        state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore()
-    )
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore())
     found = manager.restore(step, args=args)
     state, meta = found["state"], dict(found["meta"])
     if meta.pop("checksum") != _json_checksum(meta):
@@ -179,14 +187,10 @@ def _claim(folder: Path, config: dict[str, Any], fingerprint: str) -> None:
         return
     before = json.loads(path.read_text())
     if before.pop("fingerprint") != fingerprint:
-        raise ConfigError(
-            "--workdir", str(folder), "holds a run on another corpus; choose another folder"
-        )
+        raise ConfigError("--workdir", str(folder), "holds a run on another corpus; choose another folder")
     for field, (old, new) in _differences(before, config):
         if not any(field == free or field.startswith(f"{free}.") for free in FREE):
-            raise ConfigError(
-                f"config.{field}", new, f"{folder} holds a run with {old!r}; choose another --workdir"
-            )
+            raise ConfigError(f"config.{field}", new, f"{folder} holds a run with {old!r}; choose another --workdir")
 
 
 def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:

@@ -1,8 +1,8 @@
 """The same held-out target tokens under several contexts, and a strategy's own length as the original measured it.
 
-A suite is a set of windows: inputs [W, L] and targets [W, L], where -1 is not scored. The suite of context c scores each
-target with c to 1.25 c tokens before it inside its document, and holds the same targets for every strategy; it is there
-when its windows are no longer than the training length. The suite `own` scores every position of windows of the
+A suite is a set of windows: inputs [W, L] and targets [W, L], where -1 is not scored. The suite of context c scores
+each target with c to 1.25 c tokens before it inside its document, and holds the same targets for every strategy; it is
+there when its windows are no longer than the training length. The suite `own` scores every position of windows of the
 training length, so short lengths are charged for the little context of their first tokens.
 """
 
@@ -60,9 +60,7 @@ def _in_batches(arrays: dict[str, np.ndarray], config: Any, mesh_shape: tuple[in
     return {name: shape(name, x) for name, x in arrays.items()}
 
 
-def eval_step(
-    model: MoETransformer, params: Any, batch: dict[str, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
+def eval_step(model: MoETransformer, params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """(-log p [B, T] in nats, predicted right [B, T]) of a batch's targets; 0 and False where a target is -1."""
     hidden_BTD, _ = model.apply(
         {"params": params},

@@ -34,8 +34,8 @@ def parameter_counts(model: Any) -> dict[str, int]:
 def train_flops_per_token(model: Any, seq_len: int) -> float:
     """FLOPs a token of one training step at rows of `seq_len` tokens.
 
-    forward = 2 x (qkv and output 4 D^2 + router D E + chosen experts) a layer + 2 V D of the head + 4 D x mean number of
-    keys a layer, (T + 1) / 2 under the causal mask.
+    forward = 2 x (qkv and output 4 D^2 + router D E + chosen experts) a layer + 2 V D of the head + 4 D x mean number
+    of keys a layer, (T + 1) / 2 under the causal mask.
     """
     D = model.d_model
     experts = model.experts_per_token * _expert_matrices(model) * D * model.d_ff

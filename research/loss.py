@@ -1,7 +1,7 @@
 """Cross-entropy over the vocabulary, a chunk of tokens at a time: sums and counts, never means.
 
-The logits [B, T, V] never exist whole. Training computes the gradient of the hidden states and of the output table in the
-same pass as the loss (they are linear in the loss's cotangent), so no logits are kept or computed twice.
+The logits [B, T, V] never exist whole. Training computes the gradient of the hidden states and of the output table in
+the same pass as the loss (they are linear in the loss's cotangent), so no logits are kept or computed twice.
 A target of -1 is not counted. Letters: N tokens of a shard, C tokens of a chunk, D width, V vocabulary.
 """
 
@@ -23,9 +23,7 @@ def cross_entropy_sums(
     """
 
     def local(hidden, table, targets):
-        loss, correct = _loss_sums(
-            hidden.reshape(-1, hidden.shape[-1]), varying(table), targets.reshape(-1), chunk
-        )
+        loss, correct = _loss_sums(hidden.reshape(-1, hidden.shape[-1]), varying(table), targets.reshape(-1), chunk)
         return jax.lax.psum((loss, correct, jnp.sum(targets >= 0)), AXES)
 
     return jax.shard_map(local, in_specs=(HIDDEN, P(), TOKENS), out_specs=(P(), P(), P()))(

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -199,12 +198,6 @@ def _commit() -> dict[str, Any]:
         return dict(commit=git("rev-parse", "HEAD"), changed=bool(git("status", "--porcelain", "-uno")))
     except (OSError, subprocess.CalledProcessError):
         return {}
-
-
-def process_peak_bytes() -> int:
-    """The largest resident size that this process has had."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def device_peak_bytes() -> int | None:

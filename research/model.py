@@ -1,8 +1,8 @@
 """The MoE transformer: embed, blocks, tied head. Pure init and apply; a module holds only its config and parameters.
 
 Letters: B batch, T sequence, D width, H heads, K head width, E experts, F expert hidden, V vocabulary, L layers.
-Arrays carry their axes (`hidden_BTD`); activations are sharded P(('data', 'expert'), 'seq'). Every call runs under a mesh
-(`with jax.set_mesh(sharding.make_mesh(...))`), on one device too.
+Arrays carry their axes (`hidden_BTD`); activations are sharded P(('data', 'expert'), 'seq'). Every call runs under a
+mesh (`with jax.set_mesh(sharding.make_mesh(...))`), on one device too.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 
 def make_expert(activation: str, dropout_rate: float) -> grouped.Expert:
-    """One expert: down(drop(silu(up x))), or gated: down(drop(silu(gate x) * (up x))) (Shazeer 2020, arXiv:2002.05202)."""
+    """down(drop(silu(up x))), or gated: down(drop(silu(gate x) * (up x))) (Shazeer 2020, arXiv:2002.05202)."""
 
     def expert(x_MD: jax.Array, weights: dict, multiply: Callable, key: jax.Array | None) -> jax.Array:
         hidden_MF = multiply(x_MD, weights["up"])
@@ -98,7 +98,8 @@ class Block(nn.Module):
         K = D // H
         qkv = self.use(self.weight("qkv", (D, 3, H, K), 0))
         out = self.use(self.weight("attention_out", (H, K, D), 2))
-        q, k, v = jnp.moveaxis(jnp.einsum("btd,dchk->btchk", x_BTD, qkv), 2, 0)
+        q, k = (jnp.einsum("btd,dhk->bthk", x_BTD, attention.deinterleave(qkv[:, i])) for i in (0, 1))
+        v = jnp.einsum("btd,dhk->bthk", x_BTD, qkv[:, 2])
         rate = c.dropout if self.train else 0.0
         backend = attention.resolve_backend(
             c.attention, jax.default_backend(), dropout=rate, masked=segments_BT is not None,

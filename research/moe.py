@@ -16,7 +16,7 @@ from research.sharding import AXES, BATCH, HIDDEN, varying
 
 
 def route(logits_NE: jax.Array, num_chosen: int) -> tuple[jax.Array, jax.Array]:
-    """The experts of each token (int32 [N, K], best first) and their weights [N, K]: the softmax of the chosen logits."""
+    """Each token's experts (int32 [N, K], best first) and their weights [N, K]: the softmax of the chosen logits."""
     chosen_NK, experts_NK = jax.lax.top_k(logits_NE, num_chosen)
     return experts_NK.astype(jnp.int32), jax.nn.softmax(chosen_NK, axis=-1)
 
@@ -78,9 +78,9 @@ def moe(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """One layer of experts: (out [B, T, D], statistics).
 
-    weights: pytree of [E, ...], replicated. noise: standard deviation added to the router's logits, drawn from noise_key.
-    statistics, each shard's own sums [shards of B, shards of T, E], to be added up once for all layers: `assignments`
-    (how many went to each expert) and `probability` (of the softmax over all experts).
+    weights: pytree of [E, ...], replicated. noise: standard deviation added to the router's logits, from noise_key.
+    statistics, each shard's own sums [shards of B, shards of T, E], to be added up once for all layers:
+    `assignments` (how many went to each expert) and `probability` (of the softmax over all experts).
     """
     logits_BTE = jnp.einsum("btd,de->bte", x_BTD.astype(jnp.float32), router_DE)
     if noise > 0 and noise_key is not None:

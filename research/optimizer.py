@@ -49,9 +49,7 @@ def make_optimizer(config: Any, num_steps: int) -> optax.GradientTransformation:
     c = config
 
     def adamw(peak: float) -> optax.GradientTransformation:
-        return optax.adamw(
-            make_schedule(c, peak, num_steps), c.beta1, c.beta2, c.epsilon, weight_decay=c.weight_decay
-        )
+        return optax.adamw(make_schedule(c, peak, num_steps), c.beta1, c.beta2, c.epsilon, weight_decay=c.weight_decay)
 
     if c.name == "adamw":
         update = adamw(c.learning_rate)
@@ -69,9 +67,7 @@ def make_optimizer(config: Any, num_steps: int) -> optax.GradientTransformation:
 
 def label_parameters(params: Any) -> Any:
     """'muon' for the parameters in MATRICES, 'adamw' for all others, by the parameter's own name."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: "muon" if path[-1].key in MATRICES else "adamw", params
-    )
+    return jax.tree_util.tree_map_with_path(lambda path, _: "muon" if path[-1].key in MATRICES else "adamw", params)
 
 
 class MuonState(NamedTuple):
@@ -81,7 +77,8 @@ class MuonState(NamedTuple):
 def scale_by_muon(beta: float) -> optax.GradientTransformation:
     """Orthogonalised Nesterov momentum of each matrix, times sqrt(max(1, outputs / inputs)).
 
-    momentum <- beta momentum + (1 - beta) g, without bias correction (the direction is orthogonalised, its scale is lost).
+    momentum <- beta momentum + (1 - beta) g, without bias correction (the direction is orthogonalised, its scale is
+    lost).
     """
 
     def init(params: Any) -> MuonState:
@@ -90,9 +87,7 @@ def scale_by_muon(beta: float) -> optax.GradientTransformation:
     def update(grads: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
         momentum = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, state.momentum, grads)
         ahead = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, momentum, grads)
-        updates = jax.tree_util.tree_map_with_path(
-            lambda path, x: orthogonalize(x, *MATRICES[path[-1].key]), ahead
-        )
+        updates = jax.tree_util.tree_map_with_path(lambda path, x: orthogonalize(x, *MATRICES[path[-1].key]), ahead)
         return updates, MuonState(momentum)
 
     return optax.GradientTransformation(init, update)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from research import flops, metrics
+from research import flops, metrics, process
 from research.data import stream, tokens
 
 if TYPE_CHECKING:
@@ -27,9 +27,7 @@ class Scores:
     summary: dict[str, Any]
 
     @classmethod
-    def of(
-        cls, nll: np.ndarray, right: np.ndarray, ids: np.ndarray, token_bytes: np.ndarray, context: int
-    ) -> "Scores":
+    def of(cls, nll: np.ndarray, right: np.ndarray, ids: np.ndarray, token_bytes: np.ndarray, context: int) -> "Scores":
         """Sums over counts: loss in nats a token, perplexity, accuracy, bits per byte of the targets' text."""
         total, num_bytes = float(nll.sum(dtype=np.float64)), int(token_bytes[ids].sum())
         mean = total / len(nll)
@@ -95,7 +93,7 @@ def _content(this: "Run", scores: dict[str, Scores], compiled_step: Any) -> dict
         mfu=None if peak is None else flops.mfu(speed / this.mesh.size, this.flops_per_token, peak),
         memory_bytes=dict(
             compiled_step=compiled_bytes(compiled_step),
-            process_peak=metrics.process_peak_bytes(),
+            process_peak=process.peak_bytes(),
             device_peak=metrics.device_peak_bytes(),
         ),
         train_loss_last=float(np.mean(losses[-LAST_ROWS:])),
@@ -118,9 +116,7 @@ def compiled_bytes(compiled: Any) -> int | None:
     m = compiled.memory_analysis()
     if m is None:
         return None
-    return int(
-        m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
-    )
+    return int(m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes)
 
 
 def _write_losses(this: "Run", scores: dict[str, Scores]) -> None:

@@ -1,8 +1,8 @@
 """The mesh, and the one place for every axis name.
 
 Three explicit axes, any of size 1: `data` divides the rows of a batch, `seq` its positions, `expert` is kept for
-expert parallelism. A batch's tokens are sharded P(('data', 'expert'), 'seq'); parameters are replicated, or sharded over
-all axes along their width D when `config.mesh.fsdp` is set, and then gathered where they are used.
+expert parallelism. A batch's tokens are sharded P(('data', 'expert'), 'seq'); parameters are replicated, or sharded
+over all axes along their width D when `config.mesh.fsdp` is set, and then gathered where they are used.
 """
 
 import math
@@ -44,9 +44,7 @@ def mesh_shape(mesh_config: Any, num_devices: int) -> tuple[int, int, int]:
         )  # fmt: skip
     if free:
         if num_devices % fixed:
-            raise ConfigError(
-                field, fixed, f"{num_devices} devices are not divisible by {fixed}; choose a divisor"
-            )
+            raise ConfigError(field, fixed, f"{num_devices} devices are not divisible by {fixed}; choose a divisor")
         sizes[free[0]] = num_devices // fixed
     return tuple(sizes[axis] for axis in AXES)
 
@@ -55,9 +53,7 @@ def make_mesh(mesh_config: Any, devices: Sequence[jax.Device] | None = None) -> 
     """The mesh of a config over `devices` (default: all of them; those left over stay idle)."""
     devices = list(devices or jax.devices())
     shape = mesh_shape(mesh_config, len(devices))
-    return jax.make_mesh(
-        shape, AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices[: math.prod(shape)]
-    )
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices[: math.prod(shape)])
 
 
 def shard_dim(ndim: int, dim: int, fsdp: bool) -> P:

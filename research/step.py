@@ -55,9 +55,7 @@ def objective(
         rngs={"dropout": dropout_key, "router": router_key},
     )
     table_VD = output_table(params, hidden_BTD.dtype)
-    sum_loss, correct, count = loss.cross_entropy_sums(
-        hidden_BTD, table_VD, batch["targets"], model.config.loss_chunk
-    )
+    sum_loss, correct, count = loss.cross_entropy_sums(hidden_BTD, table_VD, batch["targets"], model.config.loss_chunk)
     balance = router["balance"].sum()
     total = sum_loss + count * model.config.balance_weight * balance
     weighted_router = jax.tree.map(lambda x: x * count, router)
@@ -68,7 +66,7 @@ def objective(
 def accumulate(
     params: Any, batch: dict[str, jax.Array], model: MoETransformer, key: jax.Array
 ) -> tuple[Any, dict[str, jax.Array]]:
-    """Gradients of the mean objective, and sums, over the microbatches of batch [A, B, T], weighted by their targets."""
+    """Gradients of the mean objective, and sums, over microbatches [A, B, T], weighted by their targets."""
     scale = 1.0 / jnp.maximum(jnp.sum(batch["targets"] >= 0), 1).astype(jnp.float32)
     grad = jax.grad(objective, has_aux=True)
     microbatches = batch["inputs"].shape[0]
@@ -81,9 +79,7 @@ def accumulate(
         found = grad(params, microbatch, model, jax.random.fold_in(key, index), scale)
         return jax.tree.map(jnp.add, total, found), None
 
-    shapes = jax.eval_shape(
-        lambda b: grad(params, b, model, key, scale), jax.tree.map(lambda x: x[0], batch)
-    )
+    shapes = jax.eval_shape(lambda b: grad(params, b, model, key, scale), jax.tree.map(lambda x: x[0], batch))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding), shapes)
     return jax.lax.scan(one, zeros, (jnp.arange(microbatches), batch))[0]
 
@@ -113,15 +109,11 @@ def train_step(
         learning_rate=schedule(state.step),
         router=jax.tree.map(lambda x: x / sums["count"], sums["router"]),
     )
-    state = state.replace(
-        step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state
-    )
+    state = state.replace(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
     return state, metrics
 
 
-def make_train_step(
-    model: MoETransformer, optimizer: optax.GradientTransformation, schedule: optax.Schedule
-) -> Any:
+def make_train_step(model: MoETransformer, optimizer: optax.GradientTransformation, schedule: optax.Schedule) -> Any:
     """train_step jitted, its state donated."""
     step = functools.partial(train_step, model=model, optimizer=optimizer, schedule=schedule)
     return jax.jit(step, donate_argnums=0)

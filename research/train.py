@@ -1,6 +1,6 @@
 """The loop of one run: a pure function of (config, corpus, seed), whatever interrupts it.
 
-config -> validate -> corpus -> state (new, or of the newest checkpoint) -> steps, evaluations, checkpoints -> result.json
+config -> validate -> corpus -> state (new, or of the newest checkpoint) -> steps, evaluations, checkpoints -> result
 """
 
 import contextlib
@@ -8,7 +8,6 @@ import dataclasses
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -72,10 +71,14 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
     A finished run is not run again. Raises: ConfigError (a mistake in the config, nothing written), Interrupted (after
     saving, on SIGINT or SIGTERM), DivergedError (loss or gradient not finite).
     """
-    began = time.monotonic()
     clocks = metrics.Clocks()
-    with clocks.measure("data"):
-        corpus, suites = prepare(config)
+    with clocks.measure("total"):
+        with clocks.measure("data"):
+            corpus, suites = prepare(config)
+        return _run(config, workdir, corpus, suites, clocks)
+
+
+def _run(config, workdir, corpus, suites, clocks) -> dict[str, Any]:
     with checkpoint.claim_workdir(workdir, config.to_dict(), corpus.fingerprint), _signals() as signals:
         finished = result.read(workdir)
         if finished is not None:
@@ -96,10 +99,10 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
             signals=signals,
         )
         with jax.set_mesh(this.mesh):
-            return _train(this, began)
+            return _train(this)
 
 
-def _train(this: Run, began: float) -> dict[str, Any]:
+def _train(this: Run) -> dict[str, Any]:
     config = this.config
     optimizer = make_optimizer(config.optimizer, this.num_steps)
     schedule = make_schedule(config.optimizer, config.optimizer.learning_rate, this.num_steps)
@@ -114,10 +117,13 @@ def _train(this: Run, began: float) -> dict[str, Any]:
             metrics.MetricsWriter(this.workdir, int(state.step)) as writer,
             metrics.Progress(this.num_steps, int(state.step), config.strategy) as progress,
         ):
-            state, scores = _loop(this, state, cursor, compiled_step, compiled_eval, manager, writer, progress)
+            try:
+                scores = _loop(this, state, cursor, compiled_step, compiled_eval, manager, writer, progress)
+            except DivergedError as error:
+                manager.wait_until_finished()
+                raise DivergedError(f"{error}; the last checkpoint is of step {manager.latest_step()}") from None
         with this.clocks.measure("checkpoint"):
             manager.wait_until_finished()
-    this.clocks.add({"total": time.monotonic() - began})
     return result.finish(this, scores, compiled_step)
 
 
@@ -171,7 +177,7 @@ def _loop(this, state, cursor, compiled_step, compiled_eval, manager, writer, pr
         scores = _evaluate(this, state.params, compiled_eval, now, cursor, writer)
     if scores is None:
         raise Interrupted(this.signals[0], "stopped in the last evaluation; the same command goes on from there")
-    return state, scores
+    return scores
 
 
 def _due(now: int, every: int) -> bool:
@@ -183,8 +189,8 @@ def _fetch(this: Run, now: int, cursor: int, fetched: dict[str, Any]) -> dict[st
     got = jax.tree.map(np.asarray, fetched)
     if not (np.isfinite(got["loss"]) and np.isfinite(got["grad_norm"])):
         raise DivergedError(
-            f"step {now}: loss {got['loss']}, gradient norm {got['grad_norm']}; the checkpoints in"
-            f" {this.workdir}/checkpoints are from before it: lower config.optimizer.learning_rate and use a new workdir"
+            f"step {now}: loss {got['loss']}, gradient norm {got['grad_norm']}: not finite;"
+            " lower config.optimizer.learning_rate, in a new --workdir"
         )
     row = _position(this, now, cursor) | {
         "train/loss": float(got["loss"]),
@@ -196,6 +202,9 @@ def _fetch(this: Run, now: int, cursor: int, fetched: dict[str, Any]) -> dict[st
     for name in ("max_violation", "entropy"):
         for layer, value in enumerate(got["router"][name]):
             row[f"moe/load_{name}/layer_{layer:02d}"] = float(value)
+    for name in ("load", "probability"):
+        for (layer, expert), value in np.ndenumerate(got["router"][name]):
+            row[f"moe/{name}/layer_{layer:02d}/expert_{expert:02d}"] = float(value)
     return row
 
 

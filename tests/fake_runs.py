@@ -139,9 +139,7 @@ def _scores(loss: float) -> dict[str, float]:
     return {"loss": loss, "perplexity": np.exp(loss), "accuracy": 0.21, "bits_per_byte": loss / 2.6}
 
 
-def _write_curve(
-    folder: Path, finals: dict[int, float], tokens: int, seconds: float, seed: int
-) -> None:
+def _write_curve(folder: Path, finals: dict[int, float], tokens: int, seconds: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
     lines = []
     for step in range(0, 65):

@@ -138,9 +138,7 @@ def start(workdir: Path, hangs: str, stopped: int) -> subprocess.Popen:
         f"sys.exit(main(['--workdir={workdir}'], train={TRAIN!r}, check={PASS!r}))"
     )
     environment = os.environ | {"FAKE_HANGS": hangs, "FAKE_STOPPED": str(stopped)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], env=environment, start_new_session=True
-    )
+    process = subprocess.Popen([sys.executable, "-c", script], env=environment, start_new_session=True)
     deadline = time.monotonic() + 60
     while not (workdir / hangs / "ready").exists():
         assert process.poll() is None and time.monotonic() < deadline
@@ -148,9 +146,7 @@ def start(workdir: Path, hangs: str, stopped: int) -> subprocess.Popen:
     return process
 
 
-@pytest.mark.parametrize(
-    "number, stopped, code", [(signal.SIGTERM, 75, 75), (signal.SIGINT, 0, 130)]
-)
+@pytest.mark.parametrize("number, stopped, code", [(signal.SIGTERM, 75, 75), (signal.SIGINT, 0, 130)])
 def test_a_signal_reaches_the_child_once_and_ends_the_ablation(tmp_path, number, stopped, code):
     """As Ctrl-C does, the signal goes to the whole process group."""
     process = start(tmp_path, "balanced", stopped)

@@ -84,13 +84,15 @@ def test_rotary_is_complex_rotation(rng):
     turned = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * angles)[:, :, None]
     wanted = np.stack([turned.real, turned.imag], axis=-1).reshape(x.shape)
     tables = attention.rotary_tables(jnp.asarray(positions), 8, 10_000.0)
-    found = attention.rotate(jnp.asarray(x, jnp.float32), *tables)
+    found = attention.rotate(attention.deinterleave(jnp.asarray(x, jnp.float32)), *tables)
+    wanted = attention.deinterleave(wanted)
     assert relative(found, wanted) < 2e-4  # angles up to 4095 radians in float32
     near = attention.rotary_tables(jnp.asarray(positions % 8), 8, 10_000.0)
     angles = (positions % 8)[..., None] * 10_000.0 ** (-np.arange(0, 8, 2) / 8)
     turned = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * angles)[:, :, None]
     wanted = np.stack([turned.real, turned.imag], axis=-1).reshape(x.shape)
-    assert relative(attention.rotate(jnp.asarray(x, jnp.float32), *near), wanted) < 1e-6
+    found = attention.rotate(attention.deinterleave(jnp.asarray(x, jnp.float32)), *near)
+    assert relative(found, attention.deinterleave(wanted)) < 1e-6
 
 
 @pytest.mark.parametrize("backend", ["xla", "chunked"])

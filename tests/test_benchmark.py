@@ -56,7 +56,7 @@ def test_one_run_times_every_implementation_in_every_round(tmp_path, capsys):
         assert 0 < row["seconds"]["p10"] <= row["seconds"]["median"] <= row["seconds"]["p90"]
         assert row["tokens_per_second"] == pytest.approx(32 / np.median(row["all_seconds"]))
     assert all(speed["best"] >= speed["median"] > 0 for speed in content["machine"].values())
-    assert {"command", "date", "environment", "scale"} <= content.keys()
+    assert {"command", "date", "environment", "load_average", "scale"} <= content.keys()
     assert "balanced" in capsys.readouterr().out
 
 
@@ -70,6 +70,7 @@ def test_steps_run_in_a_process_each_and_report_its_peak_memory(tmp_path):
     for row in rows:
         assert len(row["all_seconds"]) == 2
         assert row["losses"][1] < row["losses"][0]  # a real update of the same batch
+        assert row["loaded"] == [{"ours": "jax", "original": "torch"}[row["implementation"]]]  # its own memory only
         assert 50e6 < row["peak_bytes"] < ballast.nbytes  # an interpreter with JAX or PyTorch
 
 

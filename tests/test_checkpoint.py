@@ -23,6 +23,8 @@ from research.optimizer import make_optimizer
 from research.step import init_state
 from tests.small import model_config, small_config
 
+# Orbax drops the other reads of a step where one has failed, and Python says so of each
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 SPECS = dict(weight=P(sharding.AXES), half=P(None, sharding.AXES), step=P(), key=P())
 
 
@@ -125,7 +127,7 @@ def test_train_state_goes_from_eight_devices_over_two_to_one(tmp_path):
     mesh, first = init(8, 1)
     with jax.set_mesh(mesh):
         wanted = first()
-    assert len({s.index for s in wanted.params["embedding"].addressable_shards}) == 8
+    assert len({str(s.index) for s in wanted.params["embedding"].addressable_shards}) == 8
     held = wanted
     for step, devices in enumerate((2, 1), 1):
         with manager_of(tmp_path) as manager:
@@ -137,7 +139,8 @@ def test_train_state_goes_from_eight_devices_over_two_to_one(tmp_path):
                     assert not same(other(), wanted)
         assert same(held, wanted)
         assert held.params["embedding"].sharding.mesh == mesh
-        assert len(held.params["embedding"].addressable_shards) == devices
+        shards = held.params["embedding"].addressable_shards
+        assert len({str(shard.index) for shard in shards}) == len(shards) == devices
 
 
 def largest(folder: Path) -> Path:
@@ -175,11 +178,12 @@ DAMAGES = dict(
     cursor_changed=other_cursor,
     state_missing=lambda step: shutil.rmtree(step / "state"),
     step_metadata_emptied=lambda step: (step / "_CHECKPOINT_METADATA").write_text(""),
+    loss_emptied=lambda step: (step / "metrics" / "metrics").write_text(""),
     not_committed=lambda step: (step / "commit_success.txt").unlink(),
     half_written=half_written,
     emptied=lambda step: (shutil.rmtree(step), step.mkdir()),
 )
-HARMLESS = ("step_metadata_emptied", "not_committed")  # all arrays are there: either step is right
+HARMLESS = ("step_metadata_emptied", "loss_emptied", "not_committed")  # all arrays are there: either step is right
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -223,22 +227,18 @@ def test_all_damaged_is_an_error_and_stays_one(copied):
 
 
 def test_state_may_be_donated_while_it_is_being_saved(tmp_path):
-    held = {"x": jax.device_put(np.arange(1 << 20, dtype=np.float32))}
+    wanted = np.arange(1 << 20, dtype=np.float32)
+    held = {"x": jax.jit(lambda: jnp.arange(1 << 20, dtype=jnp.float32))()}
     step = jax.jit(lambda s: jax.tree.map(lambda x: -2 * x - 1, s), donate_argnums=0)
-    wanted = np.asarray(step({"x": jnp.asarray(held["x"])})["x"])
-    held = {"x": jax.device_put(np.arange(1 << 20, dtype=np.float32))}
-    before = held["x"]
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), held)
     with manager_of(tmp_path) as manager:
         checkpoint.save(manager, 1, held, {}, None)
         for _ in range(9):
             held = step(held)
+        assert not same(held["x"], wanted)
         manager.wait_until_finished()
-        assert before.is_deleted()
-        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shapes = {"x": jax.ShapeDtypeStruct((1 << 20,), np.float32, sharding=one)}
         found, _ = checkpoint.restore(manager, shapes)
-    assert not same(wanted, found["x"])
-    np.testing.assert_array_equal(found["x"], np.arange(1 << 20, dtype=np.float32))
+    assert same(found["x"], wanted)
 
 
 def save_metrics(folder, metrics: dict, keep_last: int = 1, keep_best: bool = True) -> list[int]:
@@ -271,7 +271,7 @@ CONFIG = dict(
     seq_len=64,
     mesh=dict(data=1, seq=1),
     train=dict(steps=4, log_every=1, checkpoint_every=2, keep_last=2, keep_best=True),
-    data=dict(cache_dir=""),
+    data=dict(cache_dir="", path="books"),
     eval=dict(contexts=(8, 16)),
 )
 
@@ -308,6 +308,7 @@ def test_another_config_is_refused_by_its_first_field_and_changes_nothing(claime
     assert "config.seq_len=128" in message and "64" in message and "steps" not in message
     message = refusal(claimed, changed(train__steps=9))
     assert "config.train.steps=9" in message and "4" in message
+    assert "config.data.path='poems'" in refusal(claimed, changed(data__path="poems"))
     assert "config.dropout" in refusal(claimed, changed(dropout=0.5))
     assert contents(claimed) == before
 

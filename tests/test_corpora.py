@@ -61,9 +61,7 @@ def test_jsonl_ids_are_file_and_line(tmp_path, suffix):
     raw = text.encode()
     (tmp_path / f"x{suffix}").write_bytes(gzip.compress(raw) if suffix.endswith("gz") else raw)
     assert read("jsonl", tmp_path) == {f"x{suffix}:1": "one", f"x{suffix}:3": "zwei ü"}
-    assert read("jsonl", tmp_path / f"x{suffix}", text_field="body", max_documents=1) == {
-        f"x{suffix}:1": "1"
-    }
+    assert read("jsonl", tmp_path / f"x{suffix}", text_field="body", max_documents=1) == {f"x{suffix}:1": "1"}
 
 
 def test_parquet_ids_are_file_and_row(tmp_path):
@@ -71,25 +69,19 @@ def test_parquet_ids_are_file_and_row(tmp_path):
     parquet.write_table(table, tmp_path / "t.parquet")
     found = read("parquet", tmp_path)
     assert len(found) == 3000 and found["t.parquet:2500"] == "row 2499"
-    assert refuse("parquet", tmp_path, text_field="body").startswith(
-        "config.data.text_field='body'"
-    )
+    assert refuse("parquet", tmp_path, text_field="body").startswith("config.data.text_field='body'")
     assert "row 1 holds int" in refuse("parquet", tmp_path, text_field="other")
 
 
 def test_limits_hold_for_every_source(tmp_path):
     (tmp_path / "x.jsonl").write_text("\n".join(json.dumps({"text": f"{i}éabc"}) for i in range(9)))
-    parquet.write_table(
-        pyarrow.table({"text": [f"{i}éabc" for i in range(9)]}), tmp_path / "x.parquet"
-    )
+    parquet.write_table(pyarrow.table({"text": [f"{i}éabc" for i in range(9)]}), tmp_path / "x.parquet")
     for i in range(9):
         (tmp_path / f"{i}.txt").write_bytes(f"{i}éabc".encode())
     for source in ("text", "jsonl", "parquet"):
         found = read(source, tmp_path, max_documents=2, max_document_chars=3)
         assert list(found.values()) == ["0éa", "1éa"], source
-    assert [
-        len(text) for text in read("stdlib", max_documents=3, max_document_chars=7).values()
-    ] == [7] * 3
+    assert [len(text) for text in read("stdlib", max_documents=3, max_document_chars=7).values()] == [7] * 3
     assert refuse("text", tmp_path, max_documents=-1).startswith("config.data.max_documents=-1")
 
 
@@ -123,9 +115,7 @@ def test_bad_file_is_named(tmp_path, name):
 
 
 def test_bad_path_is_named(tmp_path):
-    assert refuse("text", tmp_path / "x").startswith(
-        f"config.data.path='{tmp_path}/x': no such file"
-    )
+    assert refuse("text", tmp_path / "x").startswith(f"config.data.path='{tmp_path}/x': no such file")
     assert "no such file" in refuse("jsonl", "")
     assert "no .jsonl, .jsonl.gz files" in refuse("jsonl", tmp_path)
     assert refuse("csv", tmp_path).startswith("config.data.source='csv': choose one of")

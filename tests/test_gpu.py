@@ -61,7 +61,9 @@ def test_a_bfloat16_step_learns_as_float32_does(rng, dropout):
             model, optimizer.make_optimizer(config, 20), optimizer.make_schedule(config, config.learning_rate, 20)
         )
         with jax.set_mesh(mesh):
-            state = jax.jit(lambda m=model, c=config: step.init_state(m, optimizer.make_optimizer(c, 20), 0, (1, 1, 1)))()
+            state = jax.jit(
+                lambda m=model, c=config: step.init_state(m, optimizer.make_optimizer(c, 20), 0, (1, 1, 1))
+            )()
             batch = sharding.put_batch({k: x[None] for k, x in host.items()}, mesh)
             for _ in range(20):
                 state, metrics = run(state, batch)

@@ -34,9 +34,7 @@ def logits_of(model, params, tokens, **kwargs):
 
 def test_published_model_has_the_originals_parameters(one_device):
     config = ModelConfig(**base.get_config("published").model)
-    shapes = jax.eval_shape(
-        lambda: MoETransformer(config).init(jax.random.key(0), placed(np.zeros((1, 8), np.int32)))
-    )
+    shapes = jax.eval_shape(lambda: MoETransformer(config).init(jax.random.key(0), placed(np.zeros((1, 8), np.int32))))
     assert sum(x.size for x in jax.tree.leaves(shapes)) == 79_059_840
 
 

@@ -117,7 +117,9 @@ def test_layer_equals_each_token_through_its_experts(rng, one_device, backend, e
     x = rng.standard_normal((2, 7, 8))
     router, weights = rng.standard_normal((8, experts)), make_weights(rng, experts, 8, 12)
     single = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (x, router, weights))
-    out, sums = moe.moe(placed(single[0]), *single[1:], make_expert("silu", 0.0), num_chosen=chosen, backend=backend, block=4)
+    out, sums = moe.moe(
+        placed(single[0]), *single[1:], make_expert("silu", 0.0), num_chosen=chosen, backend=backend, block=4
+    )
     wanted, logits = plain_layer(x.reshape(14, 8), router, weights, chosen)
     assert relative(np.asarray(out).reshape(14, 8), wanted) < 1e-5
 

@@ -42,9 +42,7 @@ def test_a_report_is_made_again_from_its_data_files_byte_for_byte(tmp_path):
         (again / name).write_bytes((tmp_path / "report" / name).read_bytes())
     report.write(again)
     made = sorted(p.relative_to(again) for p in again.rglob("*") if p.is_file())
-    assert {p.stem for p in made} == {"loss", "context", "cost", "report"} | {
-        Path(name).stem for name in DATA_FILES
-    }
+    assert {p.stem for p in made} == {"loss", "context", "cost", "report"} | {Path(name).stem for name in DATA_FILES}
     for path in made:
         assert (again / path).read_bytes() == (tmp_path / "report" / path).read_bytes(), path
 
@@ -183,9 +181,7 @@ def test_the_originals_ranking_is_looked_for(tmp_path):
 
 def test_a_loss_above_the_unigram_entropy_is_said(tmp_path):
     write_study(tmp_path, balanced={"unigram": 5.3})
-    assert "The loss of balanced is not below the unigram entropy" in found_in(
-        report_of(tmp_path)[0]
-    )
+    assert "The loss of balanced is not below the unigram entropy" in found_in(report_of(tmp_path)[0])
 
 
 def test_what_leaks_is_marked_wherever_it_is_shown(tmp_path):
@@ -335,9 +331,7 @@ def test_a_report_without_its_data_is_refused(tmp_path, name):
         report.write(tmp_path / "report")
 
 
-@pytest.mark.parametrize(
-    "seconds, text", [(1.26, "1.3 s"), (68, "68 s"), (422.4, "7.0 min"), (9000, "2.5 h")]
-)
+@pytest.mark.parametrize("seconds, text", [(1.26, "1.3 s"), (68, "68 s"), (422.4, "7.0 min"), (9000, "2.5 h")])
 def test_durations_are_read_easily(seconds, text):
     assert findings.duration(seconds) == text
 
@@ -360,9 +354,7 @@ def texts(figure) -> dict[str, matplotlib.transforms.Bbox]:
 def test_no_text_of_a_figure_lies_on_another_or_outside(tmp_path, strategies):
     for number, strategy in enumerate(strategies):
         peak = 3e9 if len(strategies) > 3 else None
-        write_run(
-            tmp_path / strategy, strategy, offset=0.02 * number, seed=number, device_peak=peak
-        )
+        write_run(tmp_path / strategy, strategy, offset=0.02 * number, seed=number, device_peak=peak)
     finished = study.collect(tmp_path, strategies, {})
     styles = styles_of(strategies)
     with matplotlib.rc_context(LOOK):

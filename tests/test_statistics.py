@@ -68,12 +68,8 @@ def test_order_of_targets_and_of_models_does_not_matter():
     found = paired_bootstrap(a, b, documents, seed=5)
     shuffled = paired_bootstrap(a[order], b[order], documents[order], seed=5)
     turned = paired_bootstrap(b, a, documents, seed=5)
-    np.testing.assert_allclose(
-        [shuffled.mean, shuffled.low, shuffled.high], [found.mean, found.low, found.high]
-    )
-    np.testing.assert_allclose(
-        [turned.mean, turned.low, turned.high], [-found.mean, -found.high, -found.low]
-    )
+    np.testing.assert_allclose([shuffled.mean, shuffled.low, shuffled.high], [found.mean, found.low, found.high])
+    np.testing.assert_allclose([turned.mean, turned.low, turned.high], [-found.mean, -found.high, -found.low])
 
 
 def test_too_few_documents_give_no_interval():

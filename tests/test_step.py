@@ -19,19 +19,25 @@ def gradients(data, seq, fsdp, microbatches, balance=0.01, noise=0.1):
     with jax.set_mesh(mesh):
         model = MoETransformer(model_config(fsdp=fsdp, router_noise=noise, balance_weight=balance))
         rng = np.random.default_rng(5)
-        init = jax.jit(lambda: model.init(jax.random.key(0), jnp.zeros((data, seq), jnp.int32, out_sharding=sharding.TOKENS)))
+        init = jax.jit(
+            lambda: model.init(jax.random.key(0), jnp.zeros((data, seq), jnp.int32, out_sharding=sharding.TOKENS))
+        )
         born = init()["params"]
         params = jax.tree.map(lambda x, at: jax.device_put(x, at.sharding), bigger(born, rng), born)
         batch = random_batch(rng, 8, 32)
         cut = {k: x.reshape(microbatches, -1, 32) for k, x in batch.items()}
-        run = jax.jit(step.accumulate, static_argnums=2).lower(
-            params, sharding.put_batch(cut, mesh), model, jax.random.key(1)
-        ).compile()
+        run = (
+            jax.jit(step.accumulate, static_argnums=2)
+            .lower(params, sharding.put_batch(cut, mesh), model, jax.random.key(1))
+            .compile()
+        )
         grads, sums = run(params, sharding.put_batch(cut, mesh), jax.random.key(1))
     return jax.tree.map(np.asarray, grads), jax.tree.map(np.asarray, sums), run.as_text()
 
 
-@pytest.mark.parametrize(("data", "seq", "fsdp"), [(8, 1, False), (2, 4, False), (1, 8, False), (2, 4, True), (8, 1, True)])
+@pytest.mark.parametrize(
+    ("data", "seq", "fsdp"), [(8, 1, False), (2, 4, False), (1, 8, False), (2, 4, True), (8, 1, True)]
+)
 def test_loss_and_gradients_do_not_depend_on_the_mesh(data, seq, fsdp):
     wanted_grads, wanted_sums, _ = gradients(1, 1, False, 1)
     grads, sums, _ = gradients(data, seq, fsdp, 1)

@@ -15,9 +15,7 @@ from research.data.tokens import Corpus
 FEW = settings(max_examples=40, deadline=None)
 
 
-def make_corpus(
-    train: int = 1000, heldout_lengths=(300, 40, 200), protocol: str = "clean"
-) -> Corpus:
+def make_corpus(train: int = 1000, heldout_lengths=(300, 40, 200), protocol: str = "clean") -> Corpus:
     """Token i of the train array is i: where a token came from can be read off it."""
     heldout_starts = np.cumsum([0, *heldout_lengths[:-1]], dtype=np.int64)
     train_starts = np.arange(0, train, 37, dtype=np.int64)
@@ -57,9 +55,7 @@ def with_eval(contexts: tuple[int, ...], num_targets: int, seed: int = 42):
 
 
 def pairs(batch: dict[str, np.ndarray]) -> list[tuple[int, int]]:
-    return list(
-        zip(batch["inputs"].ravel().tolist(), batch["targets"].ravel().tolist(), strict=True)
-    )
+    return list(zip(batch["inputs"].ravel().tolist(), batch["targets"].ravel().tolist(), strict=True))
 
 
 def read(corpus, config, start: int, count: int) -> list[tuple[int, int]]:
@@ -92,9 +88,7 @@ def test_every_token_is_a_target_once_an_epoch(rows, length, block, seed, blocks
 
 @FEW
 @given(train=st.integers(150, 900), **shapes)
-def test_no_token_is_a_target_twice_an_epoch_and_less_than_a_block_is_left_out(
-    train, rows, length, block, seed
-):
+def test_no_token_is_a_target_twice_an_epoch_and_less_than_a_block_is_left_out(train, rows, length, block, seed):
     corpus, config = make_corpus(train), make_config(rows, length, block, seed)
     targets = [target for _, target in read(corpus, config, 0, stream.epoch_tokens(corpus, config))]
     assert len(set(targets)) == len(targets) > train - 1 - block
@@ -119,9 +113,7 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 
 
 @FEW
-@given(
-    cursor=st.integers(0, 10**7), other=st.tuples(st.integers(1, 9), st.integers(1, 40)), **shapes
-)
+@given(cursor=st.integers(0, 10**7), other=st.tuples(st.integers(1, 9), st.integers(1, 40)), **shapes)
 def test_batch_is_pure_and_a_resume_with_another_shape_goes_on_at_the_same_token(
     cursor, other, rows, length, block, seed
 ):
@@ -131,10 +123,7 @@ def test_batch_is_pure_and_a_resume_with_another_shape_goes_on_at_the_same_token
     found = read(corpus, config, cursor, count)
     assert read(corpus, config, cursor, count) == found
     resumed = make_config(*other, block, seed)
-    assert (
-        read(corpus, resumed, cursor + rows * length, count - rows * length)
-        == found[rows * length :]
-    )
+    assert read(corpus, resumed, cursor + rows * length, count - rows * length) == found[rows * length :]
 
 
 @FEW
@@ -142,10 +131,7 @@ def test_batch_is_pure_and_a_resume_with_another_shape_goes_on_at_the_same_token
 def test_strategies_with_one_shuffle_block_see_the_same_pairs_each_step(step, seed):
     corpus = make_corpus(3000)
     shapes = ((2, 64), (4, 32), (16, 8), (1, 128))
-    seen = [
-        Counter(pairs(stream.batch(corpus, make_config(*shape, 64, seed), step * 128)))
-        for shape in shapes
-    ]
+    seen = [Counter(pairs(stream.batch(corpus, make_config(*shape, 64, seed), step * 128))) for shape in shapes]
     assert all(other == seen[0] for other in seen)
 
 
@@ -160,9 +146,7 @@ def test_segments_and_positions_follow_documents_and_cuts(cursor, rows, length, 
     for name, array in batch.items():
         assert array.shape == (rows, length) and array.dtype == np.int32, name
     for row in range(rows):
-        tokens, segments, positions = (
-            batch[n][row].tolist() for n in ("inputs", "segments", "positions")
-        )
+        tokens, segments, positions = (batch[n][row].tolist() for n in ("inputs", "segments", "positions"))
         segment, position = 1, 0
         for i, token in enumerate(tokens):
             if i and (token != tokens[i - 1] + 1 or token % 37 == 0):  # another place, or document
@@ -196,9 +180,7 @@ def test_published_windows_are_split_at_random_and_each_is_seen_once_an_epoch():
 def test_published_cursor_counts_windows_so_a_resume_with_more_rows_goes_on():
     corpus = make_corpus(500, protocol="published")
     whole = stream.batch(corpus, make_config(rows=6, length=10), 120)["targets"]
-    parts = [
-        stream.batch(corpus, make_config(rows=2, length=10), c)["targets"] for c in (120, 140, 160)
-    ]
+    parts = [stream.batch(corpus, make_config(rows=2, length=10), c)["targets"] for c in (120, 140, 160)]
     np.testing.assert_array_equal(whole, np.concatenate(parts))
     assert whole.dtype == np.int32 and whole.shape == (6, 10)
 
@@ -239,15 +221,9 @@ def test_check_names_what_does_not_fit():
     assert refuse(stream.check, corpus, make_config(rows=63), 1).startswith("config.batch_size=63")
     message = refuse(stream.check, corpus, make_config(block=24), 1)
     assert message.startswith("config.data.shuffle_block=24") and "config.seq_len=16" in message
-    assert refuse(stream.check, corpus, make_config(block=1600), 1).startswith(
-        "config.data.shuffle_block"
-    )
-    assert refuse(stream.check, corpus, make_config(length=1000), 1).startswith(
-        "config.seq_len=1000"
-    )
-    assert refuse(stream.check, leaking, make_config(length=999), 1).startswith(
-        "config.seq_len=999"
-    )
+    assert refuse(stream.check, corpus, make_config(block=1600), 1).startswith("config.data.shuffle_block")
+    assert refuse(stream.check, corpus, make_config(length=1000), 1).startswith("config.seq_len=1000")
+    assert refuse(stream.check, leaking, make_config(length=999), 1).startswith("config.seq_len=999")
     masked = make_config(mask_documents=True)
     assert refuse(stream.check, leaking, masked, 1).startswith("config.data.mask_documents")
     with pytest.raises(ConfigError):
@@ -264,9 +240,7 @@ def test_check_names_what_does_not_fit():
     runs=st.integers(1, 30),
     seed=st.integers(0, 99),
 )
-def test_targets_are_runs_of_one_document_with_the_longest_context_before_them(
-    lengths, fours, runs, seed
-):
+def test_targets_are_runs_of_one_document_with_the_longest_context_before_them(lengths, fours, runs, seed):
     corpus, context = make_corpus(heldout_lengths=lengths), 4 * fours
     config = with_eval((4, context), runs * fours + fours - 1, seed)
     there = [max(0, (length - context - 1) // fours) for length in lengths]
@@ -283,9 +257,7 @@ def test_targets_are_runs_of_one_document_with_the_longest_context_before_them(
     by_run = targets.positions.reshape(-1, fours)
     assert (np.diff(by_run, axis=1) == 1).all()
     taken = Counter(targets.documents[::fours].tolist())
-    for document, room in enumerate(
-        there
-    ):  # one gives another run only when each has given one less
+    for document, room in enumerate(there):  # one gives another run only when each has given one less
         assert taken[document] == room or taken[document] >= max(taken.values()) - 1
     again = stream.heldout_targets(corpus, config)
     np.testing.assert_array_equal(again.positions, targets.positions)
@@ -296,18 +268,14 @@ def test_targets_do_not_depend_on_the_strategy_but_on_the_seed():
     config = with_eval((8, 32), 128)
     targets = stream.heldout_targets(corpus, config)
     config.batch_size, config.seq_len, config.data.shuffle_block = 1, 64, 256
-    np.testing.assert_array_equal(
-        stream.heldout_targets(corpus, config).positions, targets.positions
-    )
+    np.testing.assert_array_equal(stream.heldout_targets(corpus, config).positions, targets.positions)
     other = stream.heldout_targets(corpus, with_eval((8, 32), 128, seed=7))
     assert (other.positions != targets.positions).any()
 
 
 @FEW
 @given(longest=st.integers(1, 16), fours=st.integers(1, 16), seed=st.integers(0, 99))
-def test_windows_score_each_target_once_in_order_with_context_to_a_quarter_more(
-    longest, fours, seed
-):
+def test_windows_score_each_target_once_in_order_with_context_to_a_quarter_more(longest, fours, seed):
     fours, longest = min(fours, longest), max(fours, longest)
     corpus, context = make_corpus(heldout_lengths=(300, 40, 200, 129)), 4 * fours
     targets = stream.heldout_targets(corpus, with_eval((4 * longest,), 3 * longest, seed))
@@ -336,9 +304,7 @@ def test_too_few_targets_say_how_many_there_are_and_what_works():
     message = refuse(stream.heldout_targets, corpus, with_eval((8, 256), 100))
     assert message.startswith("config.eval.contexts=(8, 256)") and "have 0 targets" in message
     works = int(message.split("lower the longest to ")[1].split()[0])
-    assert (
-        len(stream.heldout_targets(corpus, with_eval((works,), 100)).positions) > 100 - works // 4
-    )
+    assert len(stream.heldout_targets(corpus, with_eval((works,), 100)).positions) > 100 - works // 4
     refuse(stream.heldout_targets, corpus, with_eval((works + 4,), 100))
     message = refuse(stream.heldout_targets, corpus, with_eval((8,), 10**6))
     assert message.startswith("config.eval.num_targets=1000000") and "have 510 targets" in message

@@ -138,9 +138,7 @@ def test_cache_is_used_while_nothing_changes(tmp_path, monkeypatch):
     assert [path.name[0] != "." for path in Path(config.data.cache_dir).iterdir()] == [True]
 
 
-@pytest.mark.parametrize(
-    "name", ["train.npy", "heldout.npy", "heldout_starts.npy", "token_bytes.npy", "manifest.json"]
-)
+@pytest.mark.parametrize("name", ["train.npy", "heldout.npy", "heldout_starts.npy", "token_bytes.npy", "manifest.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_damaged_cache_is_rebuilt_with_a_warning(tmp_path, caplog, name, damage):
     config = corpus_config(tmp_path, documents=20, tokenizer="bytes")
@@ -150,9 +148,7 @@ def test_damaged_cache_is_rebuilt_with_a_warning(tmp_path, caplog, name, damage)
     raw = path.read_bytes()
     path.unlink()
     if damage != "remove":
-        path.write_bytes(
-            raw[:-9] if damage == "cut" else raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:]
-        )
+        path.write_bytes(raw[:-9] if damage == "cut" else raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:])
     with caplog.at_level(logging.WARNING):
         rebuilt = open_corpus(config)
     assert "is damaged and rebuilt" in caplog.text
@@ -196,9 +192,7 @@ def test_two_processes_building_at_once_agree_and_so_does_another_folder(tmp_pat
     )
     command = [sys.executable, "-c", code, str(tmp_path / "config.json")]
     root = Path(__file__).parents[1]
-    both = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) for _ in range(2)
-    ]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) for _ in range(2)]
     prints = [process.communicate(timeout=120)[0].strip() for process in both]
     assert [process.returncode for process in both] == [0, 0]
     moved = tmp_path / "moved"
@@ -246,9 +240,7 @@ def test_manifest_says_what_the_corpus_is_without_the_machine(tmp_path):
     assert manifest == corpus.manifest
     assert manifest["source"] == "text" and manifest["protocol"] == "clean" and manifest["eot"] == 0
     assert manifest["tokenizer"]["name"] == "bpe" and manifest["tokenizer"]["size"] <= 400
-    assert set(manifest["files"]) == {p.name for p in cache_folder(config).iterdir()} - {
-        "manifest.json"
-    }
+    assert set(manifest["files"]) == {p.name for p in cache_folder(config).iterdir()} - {"manifest.json"}
     assert corpus.train.dtype == np.uint16 and corpus.train_starts.dtype == np.int64
 
 
@@ -295,9 +287,7 @@ def save_tokenizer(path: Path, vocabulary: dict[str, int], special: list[str]) -
 def test_tokenizer_file_may_be_large_and_ask_for_truncation(tmp_path):
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: i for i, letter in enumerate(letters)}
-    vocabulary |= {
-        a + b: 256 + i * 256 + j for i, a in enumerate(letters) for j, b in enumerate(letters)
-    }
+    vocabulary |= {a + b: 256 + i * 256 + j for i, a in enumerate(letters) for j, b in enumerate(letters)}
     tokenizer = save_tokenizer(tmp_path / "tokenizer.json", vocabulary, [EOT])
     tokenizer.enable_truncation(3)
     tokenizer.enable_padding(length=9)
@@ -327,9 +317,7 @@ def test_bad_tokenizers_are_refused(tmp_path, monkeypatch):
     (tmp_path / "bad.json").write_text('{"version": "1.0"}')
     assert "no tokenizer.json" in message(str(tmp_path / "bad.json"))
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    save_tokenizer(
-        tmp_path / "eot.json", {letter: i for i, letter in enumerate(letters)}, ["<pad>"]
-    )
+    save_tokenizer(tmp_path / "eot.json", {letter: i for i, letter in enumerate(letters)}, ["<pad>"])
     assert "no end-of-text token" in message(str(tmp_path / "eot.json"))
     save_tokenizer(tmp_path / "word.json", {"▁a": 0, "b": 1}, [EOT])
     assert "no byte-level BPE" in message(str(tmp_path / "word.json"))
@@ -343,16 +331,12 @@ def test_bad_tokenizers_are_refused(tmp_path, monkeypatch):
 
 
 def test_bad_splits_and_folders_are_refused(tmp_path):
-    assert "none fell into the held-out split" in refuse(
-        corpus_config(tmp_path, heldout_fraction=1e-9)
-    )
+    assert "none fell into the held-out split" in refuse(corpus_config(tmp_path, heldout_fraction=1e-9))
     assert "none fell into the train split" in refuse(
         corpus_config(tmp_path, heldout_fraction=1 - 1e-9, tokenizer="bytes")
     )
     for fraction in (0.0, 1.0):
-        assert refuse(corpus_config(tmp_path, heldout_fraction=fraction)).startswith(
-            "config.data.heldout_fraction"
-        )
+        assert refuse(corpus_config(tmp_path, heldout_fraction=fraction)).startswith("config.data.heldout_fraction")
     assert refuse(corpus_config(tmp_path, protocol="new")).startswith("config.data.protocol='new'")
     assert refuse(corpus_config(tmp_path, max_tokens=-1)).startswith("config.data.max_tokens=-1")
     (tmp_path / "file").write_text("")

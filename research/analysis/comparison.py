@@ -23,9 +23,7 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
     """
     finished = [run for run in runs if run.finished]
     contexts = scored_contexts(finished)
-    shared = [
-        c for c in contexts if all(str(c) in run.result["eval"]["contexts"] for run in finished)
-    ]
+    shared = [c for c in contexts if all(str(c) in run.result["eval"]["contexts"] for run in finished)]
     found = differences(finished, contexts)
     pairs = itertools.combinations(finished, 2)
     apart = [[a.strategy, b.strategy] for a, b in pairs if not same_targets(a, b)]
@@ -75,12 +73,8 @@ def longer_context(finished: Sequence[Run], shared: Sequence[int]) -> list[dict[
     for run in finished:
         longest = max((c for c in run.losses if within_length(c, run)), default=0)
         if shared and longest > shared[0] and shared[0] in run.losses:
-            gain = paired_bootstrap(
-                run.losses[longest], run.losses[shared[0]], run.documents, _SEED
-            )
-            found.append(
-                {"strategy": run.strategy, "from": shared[0], "to": longest} | _record(gain)
-            )
+            gain = paired_bootstrap(run.losses[longest], run.losses[shared[0]], run.documents, _SEED)
+            found.append({"strategy": run.strategy, "from": shared[0], "to": longest} | _record(gain))
     return found
 
 
@@ -98,9 +92,7 @@ def at_equal(finished: Sequence[Run], contexts: Sequence[int], axis: str) -> dic
     at, interpolated = min(ends), min(ends) != max(ends)
     losses = {
         str(context): {
-            run.strategy: _rounded(
-                _interpolate(run, axis, at, context) if interpolated else loss_at(run, context)
-            )
+            run.strategy: _rounded(_interpolate(run, axis, at, context) if interpolated else loss_at(run, context))
             for run in finished
         }
         for context in contexts
@@ -108,9 +100,7 @@ def at_equal(finished: Sequence[Run], contexts: Sequence[int], axis: str) -> dic
     return {"at": at, "interpolated": interpolated, "losses": losses}
 
 
-def rankings(
-    finished: Sequence[Run], shared: Sequence[int], found: Sequence[dict[str, Any]]
-) -> list[dict[str, Any]]:
+def rankings(finished: Sequence[Run], shared: Sequence[int], found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Strategies by final loss, at their own lengths and at each shared context, lowest first.
 
     `shown`: the interval of every neighbouring pair leaves out zero. `original`: the order is the
@@ -138,9 +128,7 @@ def rankings(
 def difference_shown(found: Sequence[dict[str, Any]], measure: str, a: str, b: str) -> bool:
     """Whether the interval between two strategies at a context is there and leaves out zero."""
     return any(
-        entry["shown"]
-        for entry in found
-        if str(entry["context"]) == measure and {entry["a"], entry["b"]} == {a, b}
+        entry["shown"] for entry in found if str(entry["context"]) == measure and {entry["a"], entry["b"]} == {a, b}
     )
 
 

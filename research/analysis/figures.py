@@ -40,9 +40,7 @@ def draw(runs: Sequence[Run], compared: dict[str, Any], folder: Path) -> list[st
     return drawn
 
 
-def loss_figure(
-    finished: Sequence[Run], styles: Mapping[str, dict[str, Any]], context: int
-) -> Figure:
+def loss_figure(finished: Sequence[Run], styles: Mapping[str, dict[str, Any]], context: int) -> Figure:
     """Held-out loss at a context against tokens and train seconds, train loss faint behind."""
     figure = Figure(figsize=(9.6, 4.1), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
@@ -54,9 +52,7 @@ def loss_figure(
             style = styles[run.strategy]
             train = [(row[x], row["train/loss"]) for row in run.curve if "train/loss" in row]
             if train:
-                axes.plot(
-                    *zip(*train, strict=True), color=style["color"], alpha=0.22, linewidth=0.9
-                )
+                axes.plot(*zip(*train, strict=True), color=style["color"], alpha=0.22, linewidth=0.9)
             held_out = [(row[x], row[name]) for row in run.curve if name in row]
             if held_out:
                 axes.plot(
@@ -119,10 +115,7 @@ def context_figure(finished: Sequence[Run], styles: Mapping[str, dict[str, Any]]
         )
         if run is not reference and same_targets(run, reference):
             both = sorted(run.losses.keys() & reference.losses.keys())
-            paired = {
-                c: paired_bootstrap(run.losses[c], reference.losses[c], run.documents, seed=0)
-                for c in both
-            }
+            paired = {c: paired_bootstrap(run.losses[c], reference.losses[c], run.documents, seed=0) for c in both}
             _band(right, run, paired, style)
     right.axhline(0, color=styles[reference.strategy]["color"], linewidth=1.6)
     for axes in (left, right):
@@ -150,12 +143,8 @@ def _band(axes: Axes, run: Run, found: Mapping[int, Difference], style: Mapping[
     inside = sum(comparison.within_length(c, run) for c in contexts)
     beyond = slice(max(inside - 1, 0), None)
     axes.plot(contexts[beyond], means[beyond], color=color, linewidth=1, linestyle=":")
-    axes.plot(
-        contexts[inside:], means[inside:], style["marker"], color=color, markerfacecolor="white"
-    )
-    axes.plot(
-        contexts[:inside], means[:inside], label=name_of(run), markeredgecolor="white", **style
-    )
+    axes.plot(contexts[inside:], means[inside:], style["marker"], color=color, markerfacecolor="white")
+    axes.plot(contexts[:inside], means[:inside], label=name_of(run), markeredgecolor="white", **style)
 
 
 def _context_axis(axes: Axes, scored: Sequence[Run], styles: Mapping[str, dict[str, Any]]) -> None:
@@ -194,9 +183,7 @@ def cost_figure(finished: Sequence[Run], styles: Mapping[str, dict[str, Any]]) -
     colors = [styles[run.strategy]["color"] for run in finished]
     steps = [run.result["step_seconds"] for run in finished]
     for place, color, step in zip(places, colors, steps, strict=True):
-        panels[0].plot(
-            [step["p10"], step["p90"]], [place] * 2, color=color, linewidth=4, alpha=0.35
-        )
+        panels[0].plot([step["p10"], step["p90"]], [place] * 2, color=color, linewidth=4, alpha=0.35)
         panels[0].plot(step["median"], place, "o", color=color, markersize=8)
         _value(panels[0], step["p90"], place, f"{step['median']:.3g}", offset=8)
     panels[0].set_xlim(0, 1.25 * max(step["p90"] for step in steps))
@@ -253,6 +240,4 @@ def _gigabytes(run: Run) -> dict[str, float]:
 
 
 def _value(axes: Axes, x: float, y: float, text: str, offset: float = 4) -> None:
-    axes.annotate(
-        text, (x, y), (offset, 0), textcoords="offset points", va="center", fontsize=9, color=INK
-    )
+    axes.annotate(text, (x, y), (offset, 0), textcoords="offset points", va="center", fontsize=9, color=INK)

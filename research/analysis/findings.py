@@ -14,8 +14,7 @@ def paragraph(finished: Sequence[Run], compared: dict[str, Any]) -> str:
     sentences = []
     if leaking:
         sentences.append(
-            f"**LEAKING: the losses of {_listed(leaking)} measure memorisation, and so does what "
-            "follows from them.**"
+            f"**LEAKING: the losses of {_listed(leaking)} measure memorisation, and so does what follows from them.**"
         )
     for a, b in compared["not_compared"]:
         sentences.append(f"{a} and {b} were not scored on the same targets: nothing is ranked.")
@@ -45,9 +44,7 @@ def equal_tokens(compared: dict[str, Any]) -> list[str]:
             continue
         best, *others = sorted(known, key=known.__getitem__)
         among = "" if len(known) == len(losses) else f", of {_listed(list(known))},"
-        text = (
-            f"{best}{among} is lowest at {context} tokens of context ({known[best]:.3f} nats/token"
-        )
+        text = f"{best}{among} is lowest at {context} tokens of context ({known[best]:.3f} nats/token"
         found = compared["differences"]
         doubtful = [o for o in others if not comparison.difference_shown(found, context, best, o)]
         if equal["interpolated"]:
@@ -86,9 +83,7 @@ def longer_context(compared: dict[str, Any]) -> list[str]:
         said = "is not shown to help"
         if change["shown"]:
             said = "helps" if change["mean"] < 0 else "hurts"
-        amount = (
-            f"{change['strategy']} ({change['mean']:+.3f} from {change['from']} to {change['to']})"
-        )
+        amount = f"{change['strategy']} ({change['mean']:+.3f} from {change['from']} to {change['to']})"
         helps[said].append(amount)
     said = [f"{verb} {_listed(names)}" for verb, names in helps.items() if names]
     return [f"A longer context {', '.join(said)}."] if said else []

@@ -72,16 +72,12 @@ def paired_bootstrap(
     )
 
 
-def mean_interval(
-    loss: np.ndarray, documents: np.ndarray, seed: int, resamples: int = 2000
-) -> Difference:
+def mean_interval(loss: np.ndarray, documents: np.ndarray, seed: int, resamples: int = 2000) -> Difference:
     """Mean loss over targets with a bootstrap interval over documents: the difference from zero."""
     return paired_bootstrap(loss, np.zeros_like(loss), documents, seed, resamples)
 
 
-def _resampled_means(
-    sums: np.ndarray, counts: np.ndarray, rng: np.random.Generator, resamples: int
-) -> np.ndarray:
+def _resampled_means(sums: np.ndarray, counts: np.ndarray, rng: np.random.Generator, resamples: int) -> np.ndarray:
     """Token-weighted means [resamples]; a draw of documents is a vector of multiplicities."""
     num_documents = len(counts)
     share = np.full(num_documents, 1 / num_documents)

@@ -114,21 +114,14 @@ def _read_curve(path: Path) -> tuple[dict[str, float], ...]:
         if kept:
             rows.append({axis: row[axis] for axis in _AXES} | kept)
     stride = -(-len(rows) // _TRAIN_ROWS)
-    return tuple(
-        row for i, row in enumerate(rows) if i % stride == 0 or any("eval" in name for name in row)
-    )
+    return tuple(row for i, row in enumerate(rows) if i % stride == 0 or any("eval" in name for name in row))
 
 
 def save(runs: Sequence[Run], folder: Path) -> None:
     """Writes the three data files of a report into `folder`, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    table = [
-        {"strategy": r.strategy, "status": r.status, "result": r.result, "config": r.config}
-        for r in runs
-    ]
-    write_text(
-        folder / "results.json", json.dumps({"runs": table}, indent=1, allow_nan=False) + "\n"
-    )
+    table = [{"strategy": r.strategy, "status": r.status, "result": r.result, "config": r.config} for r in runs]
+    write_text(folder / "results.json", json.dumps({"runs": table}, indent=1, allow_nan=False) + "\n")
     write_text(folder / "curves.csv", _curves_csv(runs))
     content = _losses_npz(runs, np.float32)
     if len(content) > LOSSES_LIMIT:
@@ -205,11 +198,7 @@ def same_targets(a: Run, b: Run) -> bool:
     if a.positions is None or b.positions is None or not a.finished or not b.finished:
         return False
     corpus = a.result["fingerprint"] == b.result["fingerprint"]
-    return (
-        corpus
-        and np.array_equal(a.positions, b.positions)
-        and np.array_equal(a.documents, b.documents)
-    )
+    return corpus and np.array_equal(a.positions, b.positions) and np.array_equal(a.documents, b.documents)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -243,6 +232,4 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def _damaged(path: Path, problem: str) -> ConfigError:
-    return ConfigError(
-        "workdir", str(path.parent), f"{path.name} {problem}; run that strategy again"
-    )
+    return ConfigError("workdir", str(path.parent), f"{path.name} {problem}; run that strategy again")

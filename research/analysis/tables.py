@@ -158,10 +158,7 @@ def longer_context_table(compared: dict[str, Any]) -> str:
         ]
         for d in compared["longer_context"]
     ]
-    note = (
-        "Loss at the longest context within the strategy's length minus loss at the shortest "
-        "shared one."
-    )
+    note = "Loss at the longest context within the strategy's length minus loss at the shortest shared one."
     header = ["strategy", "context", "change, nats a token [95 %]", "helps"]
     return _table(header, rows) + "\n\n" + note
 
@@ -172,8 +169,7 @@ def equal_seconds_table(compared: dict[str, Any]) -> str:
         return "The runs share no evaluation on the same targets: nothing is compared."
     names = list(next(iter(equal["losses"].values())))
     rows = [
-        [f"{int(context):,}", *(_number(losses[name]) for name in names)]
-        for context, losses in equal["losses"].items()
+        [f"{int(context):,}", *(_number(losses[name]) for name in names)] for context, losses in equal["losses"].items()
     ]
     note = (
         f"Held-out loss after {findings.duration(equal['at'])} of training, where the fastest run "

@@ -32,10 +32,7 @@ def build(folder: Path, config: Any) -> None:
     counts = _write_tokens(folder, tokenizer, sizes_V, config)
     np.save(folder / "token_bytes.npy", sizes_V)
     (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        for path in sorted(folder.iterdir())
-    }
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir())}
     manifest = {
         "format": FORMAT,
         "source": data.source,
@@ -44,9 +41,7 @@ def build(folder: Path, config: Any) -> None:
         "protocol": data.protocol,
         "split_seed": config.data.split_seed,
         "heldout_fraction": data.heldout_fraction,
-        "limits": {
-            name: data[name] for name in ("max_documents", "max_document_chars", "max_tokens")
-        },
+        "limits": {name: data[name] for name in ("max_documents", "max_document_chars", "max_tokens")},
         **counts,
         "tokenizer": {
             "name": data.tokenizer,
@@ -97,9 +92,7 @@ def _blake2b(text: str, size: int = 8) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=size).digest()
 
 
-def _write_tokens(
-    folder: Path, tokenizer: Tokenizer, sizes_V: np.ndarray, config: Any
-) -> dict[str, Any]:
+def _write_tokens(folder: Path, tokenizer: Tokenizer, sizes_V: np.ndarray, config: Any) -> dict[str, Any]:
     """Write the tokens and document starts of each split; returns their counts, by split."""
     published = config.data.protocol == "published"
     dtype = np.dtype("<u2" if len(sizes_V) <= 1 << 16 else "<u4")
@@ -137,9 +130,7 @@ def _write_tokens(
     counts = {}
     for split in splits:
         counts[split] = {"documents": len(starts[split])}
-        counts[split] |= _write_split(
-            folder, split, dtype, [0] if published else starts[split], sizes_V
-        )
+        counts[split] |= _write_split(folder, split, dtype, [0] if published else starts[split], sizes_V)
     return counts | {"heldout": counts[splits[-1]]}
 
 
@@ -164,9 +155,7 @@ def _encoded(
         yield document, split, ids
 
 
-def _write_split(
-    folder: Path, split: str, dtype: np.dtype, starts: list[int], sizes_V: np.ndarray
-) -> dict[str, int]:
+def _write_split(folder: Path, split: str, dtype: np.dtype, starts: list[int], sizes_V: np.ndarray) -> dict[str, int]:
     """Turn the raw tokens of a split into .npy files; returns how many they are, and bytes."""
     raw = folder / f"{split}.raw"
     tokens_N = np.memmap(raw, dtype, mode="r")

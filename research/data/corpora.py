@@ -71,15 +71,11 @@ def source_files(data_config: Any) -> list[tuple[str, Path]]:
         return []
     if source == "stdlib":
         if data_config.path:
-            raise _bad_path(
-                data_config, "the source 'stdlib' takes no path; set config.data.source too"
-            )
+            raise _bad_path(data_config, "the source 'stdlib' takes no path; set config.data.source too")
         root = Path(sysconfig.get_path("stdlib"))
         found = _walk(root, data_config)
         if not found:
-            raise ConfigError(
-                "config.data.source", source, f"no .py files in {root}; name another source"
-            )
+            raise ConfigError("config.data.source", source, f"no .py files in {root}; name another source")
         return found
     root = Path(data_config.path).expanduser()
     if not data_config.path or not root.exists():
@@ -123,14 +119,10 @@ def _read_jsonl(name: str, path: Path, data_config: Any) -> Iterator[Document]:
             try:
                 row = json.loads(line)
             except (json.JSONDecodeError, RecursionError) as error:
-                raise _bad_path(
-                    data_config, f"{name} line {number} is not JSON: {error}"
-                ) from error
+                raise _bad_path(data_config, f"{name} line {number} is not JSON: {error}") from error
             if not isinstance(row, dict) or not isinstance(row.get(field), str):
                 has = f"it has {', '.join(row)}" if isinstance(row, dict) else "it is no object"
-                raise ConfigError(
-                    "config.data.text_field", field, f"{name} line {number} has no such text; {has}"
-                )
+                raise ConfigError("config.data.text_field", field, f"{name} line {number} has no such text; {has}")
             yield Document(f"{name}:{number}", row[field])
 
 
@@ -144,9 +136,7 @@ def _read_parquet(name: str, path: Path, data_config: Any) -> Iterator[Document]
         with parquet.ParquetFile(path) as table:
             if field not in table.schema_arrow.names:
                 has = ", ".join(table.schema_arrow.names)
-                raise ConfigError(
-                    "config.data.text_field", field, f"{name} has no such column; it has {has}"
-                )
+                raise ConfigError("config.data.text_field", field, f"{name} has no such column; it has {has}")
             for batch in table.iter_batches(batch_size=1024, columns=[field]):
                 for value in batch.column(0):
                     number += 1
@@ -166,9 +156,7 @@ def _read_hub(data_config: Any) -> Iterator[Document]:
     """Rows of a Hugging Face data set's train split, streamed."""
     parts = data_config.path.split("/")
     if len(parts) not in (2, 3) or not all(parts):
-        raise _bad_path(
-            data_config, "name a data set of the Hugging Face hub: owner/name or owner/name/config"
-        )
+        raise _bad_path(data_config, "name a data set of the Hugging Face hub: owner/name or owner/name/config")
     try:
         import datasets
     except ImportError as error:
@@ -223,9 +211,7 @@ def _decode(raw: bytes, start: int, name: str, data_config: Any) -> str:
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
-        message = (
-            f"{name}: byte {start + error.start} is not UTF-8; convert the file or leave it out"
-        )
+        message = f"{name}: byte {start + error.start} is not UTF-8; convert the file or leave it out"
         raise _bad_path(data_config, message) from error
 
 

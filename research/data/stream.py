@@ -51,9 +51,7 @@ def batch(corpus: Corpus, config: Any, cursor: int) -> dict[str, np.ndarray]:
     places_N = np.arange(cursor, cursor + shape[0] * shape[1])
     first, last = cursor // size, (cursor + shape[0] * shape[1] - 1) // size
     starts = []
-    for epoch, group in itertools.groupby(
-        range(first, last + 1), key=lambda block: block // blocks
-    ):
+    for epoch, group in itertools.groupby(range(first, last + 1), key=lambda block: block // blocks):
         order = _permutation(blocks, config.seed, f"blocks of epoch {epoch}")
         offset = _draw(config.seed, f"offset of epoch {epoch}") % (slack + 1)
         starts += [offset + size * order[block % blocks] for block in group]
@@ -89,9 +87,7 @@ def check(corpus: Corpus, config: Any, total_tokens: int) -> None:
         message = "the published protocol knows no documents; set it to False"
         raise ConfigError("config.data.mask_documents", True, message)
     if corpus.protocol == "clean" and data.shuffle_block % config.seq_len:
-        message = (
-            f"not a multiple of config.seq_len={config.seq_len}; rows would be cut at its borders"
-        )
+        message = f"not a multiple of config.seq_len={config.seq_len}; rows would be cut at its borders"
         raise ConfigError("config.data.shuffle_block", data.shuffle_block, message)
     epoch = epoch_tokens(corpus, config)
     if epoch < step:
@@ -145,16 +141,14 @@ def heldout_targets(corpus: Corpus, config: Any) -> Targets:
     eval.num_targets).
 
     With c the longest context, a run is eval.run_length neighbours (c / 4 at most) of one document
-    with more than c tokens of it before them. Runs do not overlap, and are drawn from as many documents as possible: a second
-    of one only when each has given its first.
+    with more than c tokens of it before them. Runs do not overlap, and are drawn from as many documents as possible: a
+    second of one only when each has given its first.
     Raises: ConfigError where the contexts are no multiples of 4, or too few targets have so much
     before them.
     """
     contexts, wanted = tuple(config.eval.contexts), config.eval.num_targets
     if not contexts or any(context < 4 or context % 4 for context in contexts):
-        raise ConfigError(
-            "config.eval.contexts", contexts, "give multiples of 4 tokens, such as (24, 96)"
-        )
+        raise ConfigError("config.eval.contexts", contexts, "give multiples of 4 tokens, such as (24, 96)")
     longest = max(contexts)
     length = _run_length(longest, config)
     if wanted < length:
@@ -183,9 +177,7 @@ def context_windows(targets: Targets, corpus: Corpus, context: int) -> dict[str,
     targets were drawn for.
     """
     if context < 4 or context % 4:
-        raise ConfigError(
-            "config.eval.contexts", context, "give multiples of 4 tokens, such as (24, 96)"
-        )
+        raise ConfigError("config.eval.contexts", context, "give multiples of 4 tokens, such as (24, 96)")
     stride = min(context // 4, targets.run_length)
     length = context + stride
     begins = np.arange(0, targets.run_length, stride)
@@ -194,9 +186,7 @@ def context_windows(targets: Targets, corpus: Corpus, context: int) -> dict[str,
     starts_W = (runs[:, ends - 1] - length).reshape(-1)
     owners_W = targets.documents.reshape(runs.shape)[:, begins].reshape(-1)
     if (starts_W < corpus.heldout_starts[owners_W]).any():
-        raise ConfigError(
-            "config.eval.contexts", context, "longer than the contexts of these targets"
-        )
+        raise ConfigError("config.eval.contexts", context, "longer than the contexts of these targets")
     rows = window_rows(corpus.heldout, starts_W, length)
     scored_W = np.tile(ends - begins, len(runs))  # a run's last window may score fewer
     rows["targets"][np.arange(length) < length - scored_W[:, None]] = -1
@@ -301,9 +291,7 @@ def _too_few_targets(corpus: Corpus, config: Any) -> ConfigError:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if works(4 * middle) else (low, middle)
-    advice = (
-        f"lower the longest to {4 * low} or config.eval.num_targets={wanted}, or give more text"
-    )
+    advice = f"lower the longest to {4 * low} or config.eval.num_targets={wanted}, or give more text"
     return ConfigError("config.eval.contexts", contexts, f"{found}; {advice}")
 
 

@@ -150,8 +150,7 @@ def _from_hub(name: str) -> Tokenizer:
         raise ConfigError(
             "config.data.tokenizer",
             name,
-            f"not readable from the Hugging Face hub ({reason}); name bpe, bytes, a tokenizer.json"
-            " or owner/name",
+            f"not readable from the Hugging Face hub ({reason}); name bpe, bytes, a tokenizer.json or owner/name",
         ) from error
 
 
@@ -161,14 +160,8 @@ def _require_byte_level(tokenizer: Tokenizer, name: str) -> None:
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     plain = set(tokenizer.get_vocab(with_added_tokens=False)) - added
     spelled = '"ByteLevel"' in json.dumps([description["pre_tokenizer"], description["normalizer"]])
-    if (
-        description["model"]["type"] != "BPE"
-        or not spelled
-        or any(set(t) - alphabet for t in plain)
-    ):
-        raise ConfigError(
-            "config.data.tokenizer", name, "it is no byte-level BPE; choose one that is"
-        )
+    if description["model"]["type"] != "BPE" or not spelled or any(set(t) - alphabet for t in plain):
+        raise ConfigError("config.data.tokenizer", name, "it is no byte-level BPE; choose one that is")
 
 
 def _require_room(size: int, vocab_size: int) -> None:

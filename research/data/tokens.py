@@ -57,13 +57,9 @@ def open_corpus(config: Any) -> Corpus:
     """
     data = config.data
     if data.protocol not in PROTOCOLS:
-        raise ConfigError(
-            "config.data.protocol", data.protocol, f"choose one of {', '.join(PROTOCOLS)}"
-        )
+        raise ConfigError("config.data.protocol", data.protocol, f"choose one of {', '.join(PROTOCOLS)}")
     if not 0 < data.heldout_fraction < 1:
-        raise ConfigError(
-            "config.data.heldout_fraction", data.heldout_fraction, "give more than 0, less than 1"
-        )
+        raise ConfigError("config.data.heldout_fraction", data.heldout_fraction, "give more than 0, less than 1")
     if data.max_tokens < 0:
         raise ConfigError("config.data.max_tokens", data.max_tokens, "give 0 (no limit) or more")
     folder = _cache_root(config) / _cache_key(config)

@@ -1,0 +1,59 @@
+"""The README is true: its examples run, and it names every field."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from configs import base
+from experiments.flags import load_config
+from research.config import num_steps, validate
+from tests.small import placed
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+
+
+def test_the_strategy_of_the_example_is_a_config(tmp_path):
+    file = tmp_path / "longer.py"
+    file.write_text(EXAMPLES[0])
+    for scale in base.SCALES:
+        config = load_config(f"{file}:{scale}")
+        balanced = load_config(f"{ROOT}/configs/balanced.py:{scale}")
+        assert config.batch_size * config.seq_len == balanced.batch_size * balanced.seq_len
+        assert num_steps(config) == num_steps(balanced)
+        validate(config, (1, 1, 1), "gpu")
+
+
+def test_the_attention_of_the_example_sees_its_window(rng, one_device):
+    names = {}
+    exec(EXAMPLES[1], names)
+    q, k, v = (placed(x, jnp.float32) for x in rng.standard_normal((3, 1, 16, 2, 8)))
+    run = jax.jit(lambda v: names["attend_window"](q, k, v, 4))
+    other = np.asarray(v).copy()
+    other[:, 5] += 1
+    changed = np.asarray(run(v) != run(placed(other, jnp.float32))).any(axis=(0, 2, 3))
+    assert changed.tolist() == [5 <= t < 9 for t in range(16)]
+
+
+def fields(config: ConfigDict, path: str = "config") -> list[str]:
+    found = []
+    for name in config:
+        value = config[name]
+        inner = f"{path}.{name}"
+        found += fields(value, inner) if isinstance(value, ConfigDict) else [inner]
+    return found
+
+
+def test_every_field_is_in_the_readme():
+    for name in fields(base.get_config("cpu")):
+        assert f"`{name.removeprefix('config.')}`" in README, name
+
+
+def test_files_that_the_readme_names_are_there():
+    for name in re.findall(r"\]\(([\w./]+)\)", README):
+        assert (ROOT / name).exists(), name
