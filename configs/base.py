@@ -130,7 +130,7 @@ def _eval() -> ConfigDict:
             contexts=(24, 96, 384, 1536),  # tokens; c is there for strategies of seq_len 1.25 c or more
             num_targets=8192,  # held-out tokens that are scored under every context
             run_length=96,  # neighbouring targets; shorter runs come from more documents, and cost more
-            own_targets=8192,  # of windows of the strategy's own length
+            own_targets=32_768,  # of windows of the strategy's own length
             batch_tokens=8192,  # tokens scored at once
         )
     )

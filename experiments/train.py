@@ -3,7 +3,7 @@
     python -m experiments.train --config=configs/balanced.py:cpu --workdir=runs/balanced --config.train.steps=50
 
 The same command goes on where it was stopped. Exit codes: 0, finished; 2, a mistake in the config (nothing written);
-3, the loss is not finite; 130 or 143, stopped by Ctrl-C or SIGTERM after saving.
+3, the loss is not finite; 4, no checkpoint can be read; 130 or 143, stopped by Ctrl-C or SIGTERM after saving.
 """
 
 import logging
@@ -30,6 +30,9 @@ def main(argv: Sequence[str]) -> int:
     except train.DivergedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
+    except train.checkpoint.DamagedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 4
     except train.Interrupted as stopped:
         print(stopped, file=sys.stderr)
         return 128 + stopped.signal

@@ -31,6 +31,10 @@ FREE = ("mesh", "train.log_every", "train.checkpoint_every", "train.keep_last", 
 log = logging.getLogger(__name__)
 
 
+class DamagedError(RuntimeError):
+    """There are checkpoints, and none of them can be read."""
+
+
 def open_manager(workdir: str, keep_last: int, keep_best: bool) -> ocp.CheckpointManager:
     """The checkpoints of a run: the last `keep_last` are kept, and the one with the lowest held-out loss."""
     policies = [LatestN(n=keep_last)]
@@ -84,7 +88,7 @@ def restore(manager: ocp.CheckpointManager, abstract_state: Any) -> tuple[Any, d
 
     abstract_state: pytree of jax.ShapeDtypeStruct with the shardings wanted, of any mesh (`abstract`). A damaged
     checkpoint is set aside as <step>.damaged, with a warning, and the one before is taken.
-    Raises: RuntimeError where there are checkpoints and none can be read (they stay where they are).
+    Raises: DamagedError where there are checkpoints and none can be read (they stay where they are).
     """
     damaged = []
     for step in sorted(manager.all_steps(), reverse=True):
@@ -99,7 +103,7 @@ def restore(manager: ocp.CheckpointManager, abstract_state: Any) -> tuple[Any, d
             _set_aside(manager, other)
         return restored
     if damaged:
-        raise RuntimeError(f"no checkpoint in {manager.directory} can be read; remove the folder to start anew")
+        raise DamagedError(f"no checkpoint in {manager.directory} can be read; remove the folder to start anew")
     return None
 
 

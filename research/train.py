@@ -151,13 +151,16 @@ def _loop(this, state, cursor, compiled_step, compiled_eval, manager, writer, pr
     """All steps that are left. Metrics are fetched a step late, so that the device never waits for the host."""
     train = this.config.train
     now, scores, pending = int(state.step), None, None
+    if now and _due(now, train.eval_every) and not _evaluated(this, now):  # a signal cut it short
+        scores = _evaluate(this, state.params, compiled_eval, now, cursor, writer)
     while now < this.num_steps:
         with this.clocks.measure("train"):
             state, fetched = compiled_step(state, _next_batch(this, cursor))
             now, cursor = now + 1, cursor + this.tokens_per_step
             last = now == this.num_steps
             evaluates = last or _due(now, train.eval_every)
-            saves = last or _due(now, train.checkpoint_every) or bool(this.signals)
+            stops = bool(this.signals)  # looked at once: a signal from here on is of the next step
+            saves = last or _due(now, train.checkpoint_every) or stops
             if pending:
                 _record(this, _fetch(this, *pending), writer, progress)
             pending = (now, cursor, fetched)
@@ -166,9 +169,10 @@ def _loop(this, state, cursor, compiled_step, compiled_eval, manager, writer, pr
                 pending = None
         if evaluates:
             scores = _evaluate(this, state.params, compiled_eval, now, cursor, writer)
-        if saves or this.signals:
+            stops = stops or scores is None
+        if saves or stops:
             _save(this, manager, now, cursor, state, scores if evaluates else None)
-        if this.signals and not last:
+        if stops and not last:
             raise Interrupted(
                 this.signals[0],
                 f"stopped at step {now} of {this.num_steps}, saved; the same command goes on from there",
@@ -178,6 +182,11 @@ def _loop(this, state, cursor, compiled_step, compiled_eval, manager, writer, pr
     if scores is None:
         raise Interrupted(this.signals[0], "stopped in the last evaluation; the same command goes on from there")
     return scores
+
+
+def _evaluated(this: Run, now: int) -> bool:
+    rows = (row for row in result.read_rows(this.workdir) if row["step"] == now)
+    return any(name.startswith("eval/") for row in rows for name in row)
 
 
 def _due(now: int, every: int) -> bool:
@@ -244,7 +253,8 @@ def _evaluate(this, params, compiled, now, cursor, writer) -> dict[str, result.S
     for name, score in scores.items():
         for measure in ("loss", "perplexity", "accuracy", "bits_per_byte"):
             row[f"eval/{measure}@{name}"] = score.summary[measure]
-    writer.write(row)
+    if not _evaluated(this, now):  # a run killed after its last evaluation has the row already
+        writer.write(row)
     return scores
 
 
@@ -267,7 +277,8 @@ def _signals() -> Iterator[list[int]]:
 
     def handle(number: int, _: Any) -> None:
         came.append(number)
-        print(f"signal {number}: stopping after this step", file=sys.stderr, flush=True)
+        # not print: a signal may come inside one, which is not reentrant
+        os.write(2, f"signal {number}: stopping after this step\n".encode())
 
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, handle) for number in numbers}

@@ -1,12 +1,14 @@
 """Checkpoints: what is restored is what was saved, or the one before; a folder belongs to one run."""
 
 import contextlib
+import gc
 import json
 import logging
 import math
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import jax
@@ -26,6 +28,14 @@ from tests.small import model_config, small_config
 # Orbax drops the other reads of a step where one has failed, and Python says so of each
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 SPECS = dict(weight=P(sharding.AXES), half=P(None, sharding.AXES), step=P(), key=P())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collected():
+    """Those reads are gone before Python ends."""
+    yield
+    with warnings.catch_warnings(action="ignore"):
+        gc.collect()
 
 
 def mesh_of(devices: int):
