@@ -2,8 +2,8 @@
 
 Saving is asynchronous: the arrays are copied off the device before `save` returns, and written in the background. A
 step counts once Orbax has renamed its folder; a kill in between leaves the steps before it. Each step holds a checksum
-of every array and of its metadata, so that what is damaged on disk later (cut off, missing, or changed) is skipped, not
-trained on.
+of every array and of its metadata, so that what is damaged on disk later (cut off, missing, or changed; all but words
+that swapped places) is skipped, not trained on.
 """
 
 import contextlib
@@ -142,6 +142,7 @@ def _checksums(state: Any) -> dict[str, int]:
 @jax.jit
 def _bit_sums(leaves: list[jax.Array]) -> list[jax.Array]:
     words = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+    leaves = [x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x for x in leaves]
     bits = [jax.lax.bitcast_convert_type(x, words[x.dtype.itemsize]) for x in leaves]
     return [jnp.sum(x.astype(jnp.uint32), dtype=jnp.uint32) for x in bits]
 

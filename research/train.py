@@ -156,6 +156,7 @@ def _loop(this, state, cursor, compiled_step, compiled_eval, manager, writer, pr
     while now < this.num_steps:
         with this.clocks.measure("train"):
             state, fetched = compiled_step(state, _next_batch(this, cursor))
+            manager.wait_until_finished()  # the write of a save overlaps one step: a kill loses no more than it must
             now, cursor = now + 1, cursor + this.tokens_per_step
             last = now == this.num_steps
             evaluates = last or _due(now, train.eval_every)
