@@ -59,10 +59,10 @@ def _model() -> ConfigDict:
             dtype="float32",  # of the computation; parameters are float32 always
             remat="none",  # none | block (recompute each block in the backward pass)
             attention="auto",  # auto | xla | chunked | cudnn
-            attention_chunk=256,  # queries at a time (chunked)
+            attention_chunk=128,  # queries at a time (chunked)
             moe="auto",  # auto | blocks | ragged
             moe_block=256,  # token rows a matmul (blocks)
-            loss_chunk=1024,  # tokens whose logits exist at once
+            loss_chunk=512,  # tokens whose logits exist at once
         )
     )
 

@@ -141,17 +141,16 @@ def _grouped_rows(q, k, v, q_segments, k_segments, key, start, chunk, dropout):
         return _flash(q, k, v, q_segments, k_segments, key, start, chunk, dropout)
 
     def one(_, row):
-        q, k, v, q_segments, k_segments, key = row
-        lead = jax.tree.map(lambda x: x[None], (q, k, v, q_segments, k_segments))
-        return None, _flash(*lead, key, start, chunk, dropout)[0]
+        return None, _flash(*row, start, chunk, dropout)
 
     return jax.lax.scan(one, None, (q, k, v, q_segments, k_segments, keys))[1]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
-def _flash(q_RTK, k_RSK, v_RSK, q_segments, k_segments, key, start, chunk, dropout):
-    """Attention of queries start..start+T over keys 0..S, never keeping [T, S]; all arrays local."""
-    return _flash_forward(q_RTK, k_RSK, v_RSK, q_segments, k_segments, key, start, chunk, dropout)[0]
+def _flash(q_TK, k_SK, v_SK, q_segments_T, k_segments_S, key, start, chunk, dropout):
+    """Attention of queries start..start+T over keys 0..S, never keeping [T, S]; all arrays local, with or without rows
+    [R, ...] before these axes (one row alone is a plain matrix product, which the CPU does best)."""
+    return _flash_forward(q_TK, k_SK, v_SK, q_segments_T, k_segments_S, key, start, chunk, dropout)[0]
 
 
 def _pieces(queries: int, keys: int, chunk: int) -> list[tuple[int, int, int]]:
@@ -165,11 +164,11 @@ def _pieces(queries: int, keys: int, chunk: int) -> list[tuple[int, int, int]]:
 
 
 def _probabilities(q, k, q_segments, k_segments, start, lse=None):
-    scores = jnp.einsum("rqk,rsk->rqs", q, k, preferred_element_type=jnp.float32)
-    queries, keys = scores.shape[1:]
+    scores = jnp.einsum("...qk,...sk->...qs", q, k, preferred_element_type=jnp.float32)
+    queries, keys = scores.shape[-2:]
     allowed = (start + jnp.arange(queries))[:, None] >= jnp.arange(keys)[None]
     if q_segments is not None:
-        allowed = allowed & (q_segments[:, :, None] == k_segments[:, None, :])
+        allowed = allowed & (q_segments[..., :, None] == k_segments[..., None, :])
     scores = jnp.where(allowed, scores * q.shape[-1] ** -0.5, MASKED)
     if lse is None:
         lse = jax.nn.logsumexp(scores, axis=-1)
@@ -183,21 +182,21 @@ def _kept(key, piece, shape, dropout):
 
 
 def _cut(x, first, stop):
-    return None if x is None else x[:, first:stop]
+    return None if x is None else x[..., first:stop]
 
 
 def _flash_forward(q, k, v, q_segments, k_segments, key, start, chunk, dropout):
     outs, lses = [], []
-    for piece, (first, stop, keys) in enumerate(_pieces(q.shape[1], k.shape[1], chunk)):
+    for piece, (first, stop, keys) in enumerate(_pieces(q.shape[-2], k.shape[-2], chunk)):
         p, lse = _probabilities(
-            q[:, first:stop], k[:, :keys],
+            q[..., first:stop, :], k[..., :keys, :],
             _cut(q_segments, first, stop), _cut(k_segments, 0, keys), start + first,
         )  # fmt: skip
         if dropout > 0:
             p = p * _kept(key, piece, p.shape, dropout)
-        outs.append(jnp.einsum("rqs,rsk->rqk", p.astype(v.dtype), v[:, :keys]))
+        outs.append(jnp.einsum("...qs,...sk->...qk", p.astype(v.dtype), v[..., :keys, :]))
         lses.append(lse)
-    out, lse = jnp.concatenate(outs, axis=1), jnp.concatenate(lses, axis=1)
+    out, lse = jnp.concatenate(outs, axis=-2), jnp.concatenate(lses, axis=-1)
     return out, (q, k, v, q_segments, k_segments, key, start, out, lse)
 
 
@@ -206,19 +205,19 @@ def _flash_backward(chunk, dropout, saved, d_out):
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     dqs = []
     dk, dv = jnp.zeros_like(k, jnp.float32), jnp.zeros_like(v, jnp.float32)
-    for piece, (first, stop, keys) in enumerate(_pieces(q.shape[1], k.shape[1], chunk)):
-        q_piece, k_piece, d_piece = q[:, first:stop], k[:, :keys], d_out[:, first:stop]
+    for piece, (first, stop, keys) in enumerate(_pieces(q.shape[-2], k.shape[-2], chunk)):
+        q_piece, k_piece, d_piece = q[..., first:stop, :], k[..., :keys, :], d_out[..., first:stop, :]
         p, _ = _probabilities(
             q_piece, k_piece, _cut(q_segments, first, stop), _cut(k_segments, 0, keys),
-            start + first, lse[:, first:stop],
+            start + first, lse[..., first:stop],
         )  # fmt: skip
-        d_p = jnp.einsum("rqk,rsk->rqs", d_piece, v[:, :keys], preferred_element_type=jnp.float32)
+        d_p = jnp.einsum("...qk,...sk->...qs", d_piece, v[..., :keys, :], preferred_element_type=jnp.float32)
         kept = _kept(key, piece, p.shape, dropout) if dropout > 0 else 1.0
-        d_scores = (p * (d_p * kept - delta[:, first:stop, None]) * q.shape[-1] ** -0.5).astype(q.dtype)
-        dqs.append(jnp.einsum("rqs,rsk->rqk", d_scores, k_piece))
-        dk = dk.at[:, :keys].add(jnp.einsum("rqs,rqk->rsk", d_scores, q_piece))
-        dv = dv.at[:, :keys].add(jnp.einsum("rqs,rqk->rsk", (p * kept).astype(v.dtype), d_piece))
-    return jnp.concatenate(dqs, axis=1), dk.astype(k.dtype), dv.astype(v.dtype), None, None, None, None
+        d_scores = (p * (d_p * kept - delta[..., first:stop, None]) * q.shape[-1] ** -0.5).astype(q.dtype)
+        dqs.append(jnp.einsum("...qs,...sk->...qk", d_scores, k_piece))
+        dk = dk.at[..., :keys, :].add(jnp.einsum("...qs,...qk->...sk", d_scores, q_piece))
+        dv = dv.at[..., :keys, :].add(jnp.einsum("...qs,...qk->...sk", (p * kept).astype(v.dtype), d_piece))
+    return jnp.concatenate(dqs, axis=-2), dk.astype(k.dtype), dv.astype(v.dtype), None, None, None, None
 
 
 _flash.defvjp(_flash_forward, _flash_backward)

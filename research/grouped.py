@@ -84,8 +84,8 @@ def _blocks_backward(expert, block, saved, dy_MD):
         def one_block(i, carry):
             dx, dw = carry
             at = first + i * block
-            run = functools.partial(expert, multiply=jnp.matmul, key=_block_key(key, number, i))
-            _, vjp = jax.vjp(run, lax.dynamic_slice_in_dim(padded, at, block), w)
+            rows, drawn = lax.dynamic_slice_in_dim(padded, at, block), _block_key(key, number, i)
+            _, vjp = jax.vjp(lambda rows, w: expert(rows, w, jnp.matmul, drawn), rows, w)
             own = (i * block + jnp.arange(block) < size)[:, None]
             d_rows, d_w = vjp(jnp.where(own, lax.dynamic_slice_in_dim(d_padded, at, block), 0))
             dx = lax.dynamic_update_slice_in_dim(dx, d_rows, at, 0)
