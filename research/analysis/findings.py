@@ -55,7 +55,7 @@ def equal_tokens(compared: dict[str, Any]) -> list[str]:
             text += f", {known[others[0]] - known[best]:.3f} below {others[0]})"
         sentences.append(text)
     if not sentences:
-        return ["No two strategies were scored at one context, so none wins at equal tokens."]
+        return ["No two strategies have a loss at one context and the same number of tokens, so none wins there."]
     place = f"At equal tokens ({equal['at']:,.0f}"
     place += ", interpolated, no interval)" if equal["interpolated"] else ")"
     return [f"{place}, " + "; ".join(sentences) + "."]
