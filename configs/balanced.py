@@ -12,9 +12,9 @@ from configs import base
 def get_config(scale: str = "cpu") -> ConfigDict:
     config = base.get_config(scale)
     config.strategy = "balanced"
-    if scale == "cpu":
-        config.batch_size, config.seq_len = 16, 512
-        config.train.tokens = base.CPU_TOKENS
-    else:
+    if scale == "published":
         config.batch_size, config.seq_len = 26, 1024
+    else:
+        config.batch_size, config.seq_len = 16, 512
+        config.train.tokens = base.TOKENS[scale]
     return config

@@ -1,6 +1,7 @@
 """Every field of a config, with the defaults of both scales.
 
 `cpu`        5 M parameters: minutes on two cores, on real text, at most one epoch.
+`recall`     a smaller model on the synthetic recall task, in the shapes of `cpu`: a minute or two on two cores.
 `published`  the model, shapes, optimiser and protocol of the experiment this project answers, for one GPU.
              One deviation: bfloat16 where the original used float16 with a gradient scaler.
 
@@ -10,8 +11,8 @@ A strategy file (balanced.py, long_seq.py, large_batch.py) names only what makes
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-SCALES = ("cpu", "published")
-CPU_TOKENS = 80 * 8192  # a run of the `cpu` scale: the same for every strategy
+SCALES = ("cpu", "published", "recall")
+TOKENS = {"cpu": 80 * 8192, "recall": 200 * 8192}  # of a run: the same for every strategy
 
 
 def get_config(scale: str = "cpu") -> ConfigDict:
@@ -35,6 +36,8 @@ def get_config(scale: str = "cpu") -> ConfigDict:
     config.mesh = _mesh()
     if scale == "published":
         _published(config)
+    elif scale == "recall":
+        _recall(config)
     return config
 
 
@@ -94,7 +97,7 @@ def _train() -> ConfigDict:
             steps=placeholder(int),  # one of steps and tokens is set
             tokens=placeholder(int),
             accumulation=1,  # microbatches a step
-            eval_every=20,  # steps; 0: only at the end
+            eval_every=10,  # steps; 0: only at the end
             checkpoint_every=20,  # steps; 0: only at the end
             log_every=1,
             keep_last=2,  # checkpoints
@@ -106,7 +109,7 @@ def _train() -> ConfigDict:
 def _data() -> ConfigDict:
     return ConfigDict(
         dict(
-            source="stdlib",  # stdlib | text | jsonl | parquet | hf
+            source="stdlib",  # stdlib | text | jsonl | parquet | hf | recall
             path="",  # a file or folder; for hf: owner/name/config
             text_field="text",  # of jsonl, parquet and hf
             protocol="clean",  # clean | published (leaks on purpose)
@@ -120,6 +123,17 @@ def _data() -> ConfigDict:
             mask_documents=False,  # confine attention to each document
             max_epochs=1,  # 0: no limit
             cache_dir="",  # empty: ~/.cache/batch-or-length
+            recall=dict(
+                documents=1024,
+                heldout_documents=32,
+                document_length=2048,  # tokens
+                pairs=128,  # a document
+                num_keys=256,
+                num_values=32,  # chance is one of them
+                num_fillers=64,
+                shortest=8,  # distance, in tokens
+                longest=1024,
+            ),
         )
     )
 
@@ -127,8 +141,8 @@ def _data() -> ConfigDict:
 def _eval() -> ConfigDict:
     return ConfigDict(
         dict(
-            contexts=(24, 96, 384, 1536),  # tokens; c is there for strategies of seq_len 1.25 c or more
-            num_targets=8192,  # held-out tokens that are scored under every context
+            contexts=(24, 48, 96, 192, 384, 768, 1536),  # tokens; beyond the training length at the end of a run only
+            num_targets=4096,  # held-out tokens that are scored under every context
             run_length=96,  # neighbouring targets; shorter runs come from more documents, and cost more
             own_targets=32_768,  # of windows of the strategy's own length
             batch_tokens=8192,  # tokens scored at once
@@ -176,5 +190,13 @@ def _published(config: ConfigDict) -> None:
             max_epochs=0,
         )
     )
-    config.eval.update(dict(contexts=(48, 192, 768, 3072), num_targets=24_576, run_length=192, batch_tokens=32_768))
+    config.eval.update(
+        dict(contexts=(48, 96, 192, 384, 768, 1536, 3072), num_targets=24_576, run_length=192, batch_tokens=32_768)
+    )
     config.eval.own_targets = 50 * 26 * 1024  # the original scored 50 batches
+
+
+def _recall(config: ConfigDict) -> None:
+    config.model.update(dict(num_layers=2, d_model=64, num_heads=2, d_ff=128, num_experts=4, vocab_size=512))
+    config.data.source = "recall"
+    config.train.eval_every = 50

@@ -12,9 +12,9 @@ from configs import base
 def get_config(scale: str = "cpu") -> ConfigDict:
     config = base.get_config(scale)
     config.strategy = "large_batch"
-    if scale == "cpu":
-        config.batch_size, config.seq_len = 64, 128
-        config.train.tokens = base.CPU_TOKENS
-    else:
+    if scale == "published":
         config.batch_size, config.seq_len = 104, 256
+    else:
+        config.batch_size, config.seq_len = 64, 128
+        config.train.tokens = base.TOKENS[scale]
     return config

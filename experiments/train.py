@@ -36,9 +36,10 @@ def main(argv: Sequence[str]) -> int:
     except train.Interrupted as stopped:
         print(stopped, file=sys.stderr)
         return 128 + stopped.signal
-    own, contexts = result["eval"]["own"], result["eval"]["contexts"]
-    losses = ", ".join(f"{s['loss']:.3f} at context {name}" for name, s in contexts.items())
-    print(f"held-out loss {losses}; {own['loss']:.3f} at its own length of {own['context']} tokens")
+    suites = dict(result["eval"])
+    losses = ", ".join(f"{s['loss']:.3f} at context {name}" for name, s in suites.pop("contexts").items())
+    others = "".join(f"; {s['loss']:.3f} in windows of its {s['context']} tokens" for s in suites.values())
+    print(f"held-out loss {losses}{others}")
     print(f"{workdir}/result.json")
     return 0
 

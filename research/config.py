@@ -21,7 +21,7 @@ CHOICES = {
     "model.moe": ("auto", "blocks", "ragged"),
     "optimizer.name": ("muon", "adamw"),
     "optimizer.schedule": ("constant", "cosine", "wsd"),
-    "data.source": ("stdlib", "text", "jsonl", "parquet", "hf"),
+    "data.source": ("stdlib", "text", "jsonl", "parquet", "hf", "recall"),
     "data.protocol": ("clean", "published"),
 }
 AT_LEAST_ONE = (

@@ -1,9 +1,11 @@
 """The same held-out target tokens under several contexts, and a strategy's own length as the original measured it.
 
 A suite is a set of windows: inputs [W, L] and targets [W, L], where -1 is not scored. The suite of context c scores
-each target with c to 1.25 c tokens before it inside its document, and holds the same targets for every strategy; it is
-there when its windows are no longer than the training length. The suite `own` scores every position of windows of the
-training length, so short lengths are charged for the little context of their first tokens.
+each target with c to 1.25 c tokens before it inside its document, and holds the same targets for every strategy. Where
+its windows are longer than the training length it is `beyond`: the raw model, at rotary positions that it never saw.
+(A window that slides sees no more than fits: its loss there is that of the longest context that is not beyond.)
+The suite `own` scores every position of windows of the training length, so short lengths are charged for the little
+context of their first tokens. The recall task has suites of its own (data/synthetic.py).
 """
 
 import dataclasses
@@ -15,33 +17,38 @@ import jax
 import numpy as np
 
 from research import loss, sharding
-from research.data import stream
+from research.data import stream, synthetic
 from research.data.tokens import Corpus
 from research.model import MoETransformer, output_table
 
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """Batches of windows of one shape: every array is [batches, rows, L]; `context` in tokens."""
+    """Batches of windows of one shape: every array is [batches, rows, L]; `context` in tokens.
+
+    `beyond`: the windows are longer than the training length, and are scored at the end of a run only.
+    """
 
     context: int
     batches: dict[str, np.ndarray]
+    beyond: bool = False
 
 
 def make_suites(corpus: Corpus, config: Any, mesh_shape: tuple[int, int, int]) -> dict[str, Suite]:
-    """Suites by name: each context of config.eval.contexts that fits in seq_len, and `own`.
+    """Suites by name: each context of config.eval.contexts, and `own`; for the recall task those of recall_windows.
 
     Raises: ConfigError where the held-out documents hold too few targets.
     """
-    targets = stream.heldout_targets(corpus, config)
-    suites = {}
-    for context in config.eval.contexts:
-        arrays = stream.context_windows(targets, corpus, context)
-        if arrays["inputs"].shape[1] <= config.seq_len:
-            suites[str(context)] = Suite(context, _in_batches(arrays, config, mesh_shape))
-    own = stream.own_length_windows(corpus, config)
-    suites["own"] = Suite(config.seq_len, _in_batches(own, config, mesh_shape))
-    return suites
+    if corpus.heldout_scored is not None:
+        windows = synthetic.recall_windows(corpus, config)
+    else:
+        targets = stream.heldout_targets(corpus, config)
+        windows = {str(c): (c, stream.context_windows(targets, corpus, c)) for c in config.eval.contexts}
+        windows["own"] = (config.seq_len, stream.own_length_windows(corpus, config))
+    return {
+        name: Suite(context, _in_batches(arrays, config, mesh_shape), arrays["inputs"].shape[1] > config.seq_len)
+        for name, (context, arrays) in windows.items()
+    }
 
 
 def _in_batches(arrays: dict[str, np.ndarray], config: Any, mesh_shape: tuple[int, int, int]) -> dict:

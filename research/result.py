@@ -11,9 +11,10 @@ import jax
 import numpy as np
 
 from research import flops, metrics, process
-from research.data import stream, tokens
+from research.data import stream, synthetic, tokens
 
 if TYPE_CHECKING:
+    from research import evaluate
     from research.train import Run
 
 LAST_ROWS = 20  # logged steps that the final training loss is averaged over
@@ -21,13 +22,16 @@ LAST_ROWS = 20  # logged steps that the final training loss is averaged over
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """nll float32 [targets] in nats, in the order of the suite's targets, and their summary."""
+    """nll float32 and right bool [targets], in the order of the suite's targets, and their summary; nll in nats."""
 
     nll: np.ndarray
+    right: np.ndarray
     summary: dict[str, Any]
 
     @classmethod
-    def of(cls, nll: np.ndarray, right: np.ndarray, ids: np.ndarray, token_bytes: np.ndarray, context: int) -> "Scores":
+    def of(
+        cls, nll: np.ndarray, right: np.ndarray, ids: np.ndarray, token_bytes: np.ndarray, suite: "evaluate.Suite"
+    ) -> "Scores":
         """Sums over counts: loss in nats a token, perplexity, accuracy, bits per byte of the targets' text."""
         total, num_bytes = float(nll.sum(dtype=np.float64)), int(token_bytes[ids].sum())
         mean = total / len(nll)
@@ -37,15 +41,17 @@ class Scores:
             accuracy=float(right.mean()),
             bits_per_byte=total / math.log(2) / num_bytes if num_bytes else None,
             targets=len(nll),
-            context=context,
+            context=suite.context,
+            beyond=suite.beyond,
         )
-        return cls(nll.astype(np.float32), summary)
+        return cls(nll.astype(np.float32), right, summary)
 
 
 def heldout_loss(scores: dict[str, Scores]) -> float:
-    """The one number that `best` means: the loss at the longest context, else at the strategy's own length."""
-    contexts = [name for name in scores if name != "own"]
-    return scores[max(contexts, key=int) if contexts else "own"].summary["loss"]
+    """The one number that `best` means: the loss at the longest context trained at, else in windows of that length."""
+    within = [name for name, s in scores.items() if name.isdecimal() and not s.summary["beyond"]]
+    name = max(within, key=int) if within else next(name for name in scores if not name.isdecimal())
+    return scores[name].summary["loss"]
 
 
 def finish(this: "Run", scores: dict[str, Scores], compiled_step: Any) -> dict[str, Any]:
@@ -85,6 +91,8 @@ def _content(this: "Run", scores: dict[str, Scores], compiled_step: Any) -> dict
         fingerprint=this.corpus.fingerprint,
         train_tokens=len(this.corpus.train),
         unigram_entropy=tokens.unigram_entropy(this.corpus, config.model.vocab_size),
+        first_token_entropy=tokens.first_token_entropy(this.corpus, config.seq_len, config.model.vocab_size),
+        overlap=this.corpus.manifest.get("overlap"),
         seconds={name: this.clocks.total(name) for name in ("train", "compile", "eval", "checkpoint", "data", "total")},
         tokens_per_second=speed,
         step_seconds=dict(
@@ -98,8 +106,8 @@ def _content(this: "Run", scores: dict[str, Scores], compiled_step: Any) -> dict
         ),
         train_loss_last=float(np.mean(losses[-LAST_ROWS:])),
         eval=dict(
-            contexts={name: s.summary for name, s in scores.items() if name != "own"},
-            own=scores["own"].summary,
+            contexts={name: s.summary for name, s in scores.items() if name.isdecimal()},
+            **{name: s.summary for name, s in scores.items() if not name.isdecimal()},
         ),
         mesh={axis: int(size) for axis, size in this.mesh.shape.items()},
         device=environment["device"],
@@ -120,9 +128,18 @@ def compiled_bytes(compiled: Any) -> int | None:
 
 
 def _write_losses(this: "Run", scores: dict[str, Scores]) -> None:
-    targets = stream.heldout_targets(this.corpus, this.config)
+    """heldout_losses.npz: the loss of every target of every suite, with its document and its place."""
     arrays = {f"loss_{name}": s.nll for name, s in scores.items() if name != "own"}
-    arrays |= dict(document=targets.documents, position=targets.positions)
+    if this.corpus.heldout_scored is not None:
+        arrays |= {f"right_{name}": s.right for name, s in scores.items()}
+        positions, documents, distances = synthetic.answers(this.corpus)
+        arrays |= dict(document=documents, position=positions, distance=distances)
+    else:
+        targets = stream.heldout_targets(this.corpus, this.config)
+        documents_WT, places_WT = stream.own_length_places(this.corpus, this.config)
+        arrays |= dict(document=targets.documents, position=targets.positions)
+        arrays["own_loss"] = scores["own"].nll.reshape(documents_WT.shape)
+        arrays |= dict(own_document=documents_WT, own_place=places_WT)
     path = os.path.join(this.workdir, "heldout_losses.npz")
     with open(f"{path}.new", "wb") as file:
         np.savez_compressed(file, **arrays)

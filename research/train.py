@@ -84,6 +84,7 @@ def _run(config, workdir, corpus, suites, clocks) -> dict[str, Any]:
         if finished is not None:
             print(f"{workdir}: finished before, at step {finished['steps']}", file=sys.stderr)
             return finished
+        _keep_compiled(config)
         result.write_json(os.path.join(workdir, "environment.json"), metrics.environment())
         result.write_json(os.path.join(workdir, "data_manifest.json"), corpus.manifest)
         this = Run(
@@ -100,6 +101,16 @@ def _run(config, workdir, corpus, suites, clocks) -> dict[str, Any]:
         )
         with jax.set_mesh(this.mesh):
             return _train(this)
+
+
+def _keep_compiled(config: Any) -> None:
+    """What is compiled is kept beside the corpora, so that the next run of these shapes starts at once.
+
+    Without effect where JAX has compiled before, or has a folder of its own (JAX_COMPILATION_CACHE_DIR).
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(tokens.cache_root(config) / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def _train(this: Run) -> dict[str, Any]:
@@ -242,14 +253,18 @@ def _record(this: Run, row: dict[str, Any], writer: Any, progress: Any) -> None:
 
 
 def _evaluate(this, params, compiled, now, cursor, writer) -> dict[str, result.Scores] | None:
-    """Scores of every suite, and their row; None when a signal cut it short."""
-    scores = {}
+    """Scores of every suite (of those beyond the training length at the last step), and their row.
+
+    None when a signal cut it short.
+    """
+    last, scores = now == this.num_steps, {}
+    suites = {name: suite for name, suite in this.suites.items() if last or not suite.beyond}
     with this.clocks.measure("eval"):
-        for name, suite in this.suites.items():
+        for name, suite in suites.items():
             found = evaluate.score(compiled[name], params, suite, this.mesh, lambda: bool(this.signals))
             if found is None:
                 return None
-            scores[name] = result.Scores.of(*found, this.corpus.token_bytes, suite.context)
+            scores[name] = result.Scores.of(*found, this.corpus.token_bytes, suite)
     row = _position(this, now, cursor)
     for name, score in scores.items():
         for measure in ("loss", "perplexity", "accuracy", "bits_per_byte"):

@@ -86,10 +86,19 @@ def test_own_windows_score_every_position_of_whole_windows_once():
     assert len(scored) == 4 * 48 == len(np.unique(scored))
 
 
-@pytest.mark.parametrize(("seq_len", "names"), [(40, ["8", "16", "32"]), (39, ["8", "16"]), (10, ["8"]), (9, [])])
-def test_a_suite_longer_than_the_training_length_is_left_out(seq_len, names):
-    suites = evaluate.make_suites(PLACES, config_of(seq_len), (1, 1, 1))
-    assert list(suites) == [*names, "own"]
+@pytest.mark.parametrize(("seq_len", "within"), [(40, ["8", "16", "32"]), (39, ["8", "16"]), (10, ["8"]), (9, [])])
+def test_windows_longer_than_the_training_length_are_beyond_it(seq_len, within):
+    suites = evaluate.make_suites(PLACES, config_of(seq_len), (1, 1, 8))
+    assert list(suites) == ["8", "16", "32", "own"]
+    assert [name for name, suite in suites.items() if not suite.beyond] == [*within, "own"]
+
+
+def test_places_of_own_windows_are_those_of_their_targets():
+    """The token at (document, place) is the target, and every window crosses documents as running text does."""
+    documents_WT, places_WT = stream.own_length_places(PLACES, config_of(48))
+    rows = rows_of(evaluate.make_suites(PLACES, config_of(48), (1, 1, 1))["own"])
+    np.testing.assert_array_equal(PLACES.heldout_starts[documents_WT] + places_WT, rows["targets"][: len(places_WT)])
+    assert (places_WT < np.array(DOCUMENTS)[documents_WT]).all() and (places_WT >= 0).all()
 
 
 @functools.cache
@@ -161,7 +170,7 @@ def test_padding_is_not_scored():
 
 def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary():
     for nll, right, ids in scores((1, 1, 1), 150, uniform=True).values():
-        summary = result.Scores.of(nll, right, ids, TEXT.token_bytes, 8).summary
+        summary = result.Scores.of(nll, right, ids, TEXT.token_bytes, evaluate.Suite(8, {})).summary
         assert summary["loss"] == pytest.approx(math.log(VOCAB), rel=1e-6)
         assert summary["perplexity"] == pytest.approx(VOCAB, rel=1e-5)
 
@@ -178,20 +187,25 @@ def test_a_stop_gives_no_scores():
     assert evaluate.score(compiled, None, suite, mesh, lambda: next(asked)) is None
 
 
+SUITE = evaluate.Suite(8, {}, beyond=True)
+
+
 def test_summary_by_hand():
     """3 and 5 bits for tokens of 2 and 6 bytes: one bit a byte, though the mean over tokens is 4 bits."""
     nll = np.array([3, 5], np.float32) * np.float32(math.log(2))
-    found = result.Scores.of(nll, np.array([True, False]), np.array([0, 1]), np.array([2, 6]), 8).summary
+    found = result.Scores.of(nll, np.array([True, False]), np.array([0, 1]), np.array([2, 6]), SUITE).summary
     assert found["bits_per_byte"] == pytest.approx(1.0)
     assert found["loss"] == pytest.approx(4 * math.log(2)) and found["perplexity"] == pytest.approx(16)
     assert found["accuracy"] == 0.5 and found["targets"] == 2 and found["context"] == 8
-    nothing = result.Scores.of(nll, np.array([True, False]), np.array([0, 1]), np.array([0, 0]), 8).summary
+    assert found["beyond"]
+    nothing = result.Scores.of(nll, np.array([True, False]), np.array([0, 1]), np.array([0, 0]), SUITE).summary
     assert nothing["bits_per_byte"] is None
 
 
-def test_best_means_the_longest_context_and_own_length_where_there_is_none():
-    def of(loss: float) -> result.Scores:
-        return result.Scores(np.zeros(1), dict(loss=loss))
+def test_best_means_the_longest_context_within_the_training_length():
+    def of(loss: float, beyond: bool = False) -> result.Scores:
+        return result.Scores(np.zeros(1), np.zeros(1), dict(loss=loss, beyond=beyond))
 
-    assert result.heldout_loss({"96": of(2.0), "384": of(1.0), "own": of(3.0)}) == 1.0
-    assert result.heldout_loss({"own": of(3.0)}) == 3.0
+    assert result.heldout_loss({"96": of(2.0), "384": of(1.0), "1536": of(5.0, True), "own": of(3.0)}) == 1.0
+    assert result.heldout_loss({"96": of(2.0, True), "own": of(3.0)}) == 3.0
+    assert result.heldout_loss({"2048": of(2.0, True), "window": of(3.0)}) == 3.0

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -49,15 +50,17 @@ def arguments(home: Path, workdir: Path, *more: str) -> list[str]:
     return [f"--config={ROOT / 'configs' / 'balanced.py'}:cpu", f"--workdir={workdir}", *overrides]
 
 
-def start(home: Path, workdir: Path, *more: str, flags: str = QUICK) -> subprocess.Popen:
+def start(home: Path, workdir: Path, *more: str, flags: str = QUICK, compiled: bool = True) -> subprocess.Popen:
+    """`compiled`: what is compiled is kept in a folder of the environment's, else in the run's own."""
     names = ("PATH", "HOME", "LD_LIBRARY_PATH", "SYSTEMROOT")
     environment = {name: os.environ[name] for name in names if name in os.environ}
     environment |= dict(
         JAX_PLATFORMS="cpu",
         XLA_FLAGS=flags,
-        JAX_COMPILATION_CACHE_DIR=str(home / "compiled"),
         JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
     )
+    if compiled:
+        environment["JAX_COMPILATION_CACHE_DIR"] = str(home / "compiled")
     command = [sys.executable, "-m", "experiments.train", *arguments(home, workdir, *more)]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
@@ -69,8 +72,8 @@ def finish(child: subprocess.Popen) -> tuple[int, str]:
     return child.returncode, said
 
 
-def run(home: Path, workdir: Path, *more: str, **flags: str) -> str:
-    code, said = finish(start(home, workdir, *more, **flags))
+def run(home: Path, workdir: Path, *more: str, **how: Any) -> str:
+    code, said = finish(start(home, workdir, *more, **how))
     assert code == 0, said
     return said
 
@@ -228,3 +231,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(home, tmp_pa
     assert step > 1 and all(row["step"] < step for row in rows(tmp_path))
     assert not (tmp_path / "result.json").exists()
     assert all(saved < step for saved in steps_saved(tmp_path))
+
+
+def test_what_is_compiled_is_kept_beside_the_corpora_and_used_again(home, tmp_path):
+    kept = home / "cache" / "compiled"
+    run(home, tmp_path / "one", "train.steps=1", compiled=False)
+    files = set(kept.iterdir())
+    assert files
+    run(home, tmp_path / "two", "train.steps=1", "seed=7", compiled=False)
+    assert {file for file in kept.iterdir() if file.suffix != ".atime"} <= files

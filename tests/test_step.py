@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import balanced
 from research import optimizer, sharding, step
-from research.model import MoETransformer
+from research.model import ModelConfig, MoETransformer
 from tests.small import bigger, model_config, random_batch, relative, small_config
 
 
@@ -139,3 +140,21 @@ def test_steps_draw_different_noise_and_the_same_seed_the_same():
         first, second = two(), two()
     assert first == second
     assert first[0] != first[1]
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_the_step_of_an_accelerator_is_lowered_without_one(platform, one_device):
+    """The published model as an accelerator runs it: bfloat16, ragged experts, dropout; no [B, T, V] logits."""
+    config = balanced.get_config("published")
+    config.model.update(dict(moe="ragged", attention="chunked", num_layers=2))
+    model = MoETransformer(ModelConfig(**config.model, fsdp=False))
+    rule = optimizer.make_optimizer(config.optimizer, 100)
+    run = step.make_train_step(model, rule, optimizer.make_schedule(config.optimizer, 0.03, 100))
+    tokens = jax.ShapeDtypeStruct(
+        (1, config.batch_size, config.seq_len), jnp.int32,
+        sharding=jax.NamedSharding(one_device, jax.P(None, *sharding.TOKENS)),
+    )  # fmt: skip
+    state = jax.eval_shape(lambda: step.init_state(model, rule, 0, (1, 1, 1)))
+    lowered = run.trace(state, dict(inputs=tokens, targets=tokens)).lower(lowering_platforms=(platform,)).as_text()
+    assert "ragged_dot" in lowered and "bf16" in lowered
+    assert f"{config.batch_size}x{config.seq_len}x{config.model.vocab_size}x" not in lowered

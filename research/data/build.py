@@ -15,8 +15,9 @@ from tokenizers import Tokenizer
 from research.config import ConfigError
 from research.data import tokenizer as bpe
 from research.data.corpora import Document, documents, source_files
+from research.data.overlap import overlap
 
-FORMAT = 1  # of the folder; raise it when the same config builds other files
+FORMAT = 2  # of the folder; raise it when the same config builds other files
 CHUNK = 1 << 24  # tokens counted at once
 LOG_EVERY = 10  # seconds
 log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ def build(folder: Path, config: Any) -> None:
         "heldout_fraction": data.heldout_fraction,
         "limits": {name: data[name] for name in ("max_documents", "max_document_chars", "max_tokens")},
         **counts,
+        "overlap": _overlap(folder) if data.protocol == "clean" else None,  # of one array with itself it is all
         "tokenizer": {
             "name": data.tokenizer,
             "size": len(sizes_V),
@@ -53,6 +55,11 @@ def build(folder: Path, config: Any) -> None:
     }
     manifest["fingerprint"] = fingerprint(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+def _overlap(folder: Path) -> dict[str, Any]:
+    names = ("train", "heldout", "heldout_starts")
+    return overlap(*(np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray) for name in names))
 
 
 def token_counts(tokens_N: np.ndarray, vocab_size: int) -> np.ndarray:

@@ -37,7 +37,7 @@ class Targets:
 
 
 def batch(corpus: Corpus, config: Any, cursor: int) -> dict[str, np.ndarray]:
-    """A step that begins after `cursor` tokens: int32 `inputs` [B, T] and `targets` [B, T].
+    """A step that begins after `cursor` tokens: int32 `inputs` [B, T] and `targets` [B, T] (-1: not scored).
 
     With config.data.mask_documents also int32 `segments` [B, T], from 1, one for each stretch of a
     document in a row, and `positions` [B, T], counted from the start of the stretch. Under
@@ -60,6 +60,8 @@ def batch(corpus: Corpus, config: Any, cursor: int) -> dict[str, np.ndarray]:
         "inputs": corpus.train[sources_N].reshape(shape).astype(np.int32),
         "targets": corpus.train[sources_N + 1].reshape(shape).astype(np.int32),
     }
+    if corpus.train_scored is not None:
+        rows["targets"][~corpus.train_scored[sources_N + 1].reshape(shape)] = -1
     if config.data.mask_documents:
         rows |= _document_rows(corpus.train_starts, sources_N.reshape(shape))
     return rows
@@ -128,12 +130,26 @@ def own_length_windows(corpus: Corpus, config: Any) -> dict[str, np.ndarray]:
 
     As many whole windows as make up config.eval.own_targets, and at least one.
     """
-    count = max(1, config.eval.own_targets // config.seq_len)
-    starts = validation_windows(corpus, config, count)
+    starts = _own_starts(corpus, config)
     rows = window_rows(corpus.heldout, starts, config.seq_len)
     if config.data.mask_documents:
         rows |= _document_rows(corpus.heldout_starts, starts[:, None] + np.arange(config.seq_len))
     return rows
+
+
+def own_length_places(corpus: Corpus, config: Any) -> tuple[np.ndarray, np.ndarray]:
+    """int32 [W, T] of the targets of `own_length_windows`: their held-out documents, and their places in these.
+
+    A place is the number of tokens of the document before the target.
+    """
+    targets_WT = _own_starts(corpus, config)[:, None] + np.arange(1, config.seq_len + 1)
+    documents_WT = np.searchsorted(corpus.heldout_starts, targets_WT, side="right") - 1
+    places_WT = targets_WT - corpus.heldout_starts[documents_WT]
+    return documents_WT.astype(np.int32), places_WT.astype(np.int32)
+
+
+def _own_starts(corpus: Corpus, config: Any) -> np.ndarray:
+    return validation_windows(corpus, config, max(1, config.eval.own_targets // config.seq_len))
 
 
 def heldout_targets(corpus: Corpus, config: Any) -> Targets:

@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 class Corpus:
     """Tokens of both splits [N] (uint16 or uint32, on disk), and where documents start (int64).
 
-    `token_bytes` int32 [V]: UTF-8 bytes of each token. `fingerprint`: a hash of the contents alone,
+    `token_bytes` int32 [V]: UTF-8 bytes of each token. `train_scored`, `heldout_scored` bool [N]: which tokens are
+    targets, where not all are (the recall task). `fingerprint`: a hash of the contents alone,
     the same on every machine. Under the published protocol both splits are the same array, one
     document long.
     """
@@ -45,6 +46,8 @@ class Corpus:
     manifest: dict[str, Any]
     fingerprint: str
     protocol: str
+    train_scored: np.ndarray | None = None
+    heldout_scored: np.ndarray | None = None
 
 
 def open_corpus(config: Any) -> Corpus:
@@ -62,7 +65,11 @@ def open_corpus(config: Any) -> Corpus:
         raise ConfigError("config.data.heldout_fraction", data.heldout_fraction, "give more than 0, less than 1")
     if data.max_tokens < 0:
         raise ConfigError("config.data.max_tokens", data.max_tokens, "give 0 (no limit) or more")
-    folder = _cache_root(config) / _cache_key(config)
+    if data.source == "recall":
+        from research.data.synthetic import open_recall  # made of this module's Corpus
+
+        return open_recall(config)
+    folder = cache_root(config) / _cache_key(config)
     for _ in range(ATTEMPTS):
         if folder.exists():
             try:
@@ -81,7 +88,18 @@ def unigram_entropy(corpus: Corpus, vocab_size: int) -> float:
     return float(-(token_counts(corpus.heldout, vocab_size) @ log_p_V) / len(corpus.heldout))
 
 
-def _cache_root(config: Any) -> Path:
+def first_token_entropy(corpus: Corpus, seq_len: int, vocab_size: int) -> float:
+    """Entropy in nats of the first tokens of all train windows at stride 1: what a window's own losses leave out."""
+    counts_V = token_counts(corpus.train[: max(1, len(corpus.train) - seq_len)], vocab_size)
+    p_V = counts_V[counts_V > 0] / counts_V.sum()
+    return float(-(p_V @ np.log(p_V)))
+
+
+def cache_root(config: Any) -> Path:
+    """The folder that corpora, and what is compiled, are kept in; made where it is missing.
+
+    Raises: ConfigError where it cannot be made.
+    """
     home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     root = Path(config.data.cache_dir or home / "batch-or-length").expanduser()
     try:
