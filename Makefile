@@ -1,12 +1,17 @@
-# make ablation: set up, then train the three strategies on real text and compare them (about 8 minutes on 2 cores).
+# make ablation: set up, then train the three strategies on real text and compare them (about 6 minutes on 2 cores).
+# make study:    the same with three seeds, both orders of the data, and the recall task (about 45 minutes).
 # make test:     set up, then all tests (at most 10 minutes on 2 cores).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: ablation test parity lint clean
+.PHONY: ablation study test parity lint clean
 ablation: $(VENV)/ready
 	$(BIN)/python -m experiments.ablation --scale=cpu --workdir=runs/ablation
+
+study: $(VENV)/ready
+	$(BIN)/python -m experiments.ablation --scale=cpu --workdir=runs/study --seeds=42,43,44 \
+		--settings=independent,paired,recall
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile

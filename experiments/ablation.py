@@ -1,13 +1,18 @@
-"""Trains each strategy, each in a process of its own, and writes the comparison report.
+"""Trains each strategy, each run in a process of its own, and writes the report that compares them.
 
     python -m experiments.ablation --scale=cpu --workdir=runs/ablation
+    python -m experiments.ablation --workdir=runs/study --seeds=42,43,44 --settings=independent,paired,recall
     python -m experiments.ablation --workdir=runs/texts --strategies=balanced,long_seq \
         --config.seed=1 --config.data.source=text --config.data.path=texts/
-    python -m experiments.ablation --report_only --workdir=experiments/results/ablation/cpu
+    python -m experiments.ablation --report_only --workdir=experiments/results/stdlib/cpu
 
-Every --config.field=value goes to every strategy. The same command goes on where it was stopped.
-Exit codes: 0, all finished; 2, a mistake in the config, nothing run; else that of the first
-strategy that failed (its row says so), or 1.
+Settings: `independent`, as the config says (each row from a place of its own); `paired`, in an order that gives every
+strategy the same tokens at each step; `recall`, the synthetic recall task. A strategy whose rows are as long as the
+blocks of the paired order is trained once for both.
+Every --config.field=value goes to every run on text, every --recall.field=value, as --config.field=value, to every run
+on the recall task. The same command goes on where it was stopped.
+Exit codes: 0, all finished; 2, a mistake in the config, nothing run; else that of the first run that failed (the report
+says so), or 1.
 """
 
 import argparse
@@ -16,7 +21,9 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +31,8 @@ from ml_collections import ConfigDict
 
 from experiments.flags import load_config
 from research.analysis import findings, report, study
+from research.analysis.study import SETTINGS, Key
+from research.analysis.tables import duration
 from research.config import ConfigError
 
 STRATEGIES = ("large_batch", "balanced", "long_seq")
@@ -41,39 +50,40 @@ class Interrupted(Exception):
         self.code = code
 
 
+@dataclass(frozen=True)
+class Planned:
+    """A run to be made: where it is kept, and the config file and overrides that it is trained by."""
+
+    key: Key
+    file: str
+    overrides: tuple[str, ...]
+
+    def command(self, train: Sequence[str], workdir: Path) -> list[str]:
+        return [*train, f"--config={self.file}", f"--workdir={workdir / self.key.name}", *self.overrides]
+
+
 def main(
     argv: Sequence[str] | None = None,
     train: Sequence[str] = TRAIN,
     check: Sequence[str] = CHECK,
 ) -> int:
-    """The exit code. `train` and `check` are the commands of the child processes; tests give
-    others.
-    """
+    """The exit code. `train` and `check` are the commands of the child processes; tests give others."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        arguments, overrides = parse(argv)
+        arguments = parse(argv)
         if arguments.report_only:
-            return report_only(arguments.workdir, arguments.strategies)
-        strategies = arguments.strategies or list(STRATEGIES)
-        configs = [load_strategy(strategy, arguments.scale, overrides) for strategy in strategies]
+            return report_only(arguments.workdir)
+        planned = plan(arguments)
         if arguments.check_only:
-            from research import train  # in this child alone JAX starts
-
-            for config in configs:
-                train.prepare(config)
-            return 0
-        commands = {
-            strategy: train_command(train, strategy, arguments.scale, arguments.workdir, overrides)
-            for strategy in strategies
-        }
+            return check_all(planned)
         if arguments.dry_run:
-            print("\n".join(shlex.join(command) for command in commands.values()))
+            print("\n".join(shlex.join(run.command(train, arguments.workdir)) for run in planned))
             return 0
-        # In a child, so that this process holds no accelerator while the strategies need it.
+        # In a child, so that this process holds no accelerator while the runs need it.
         if code := run_child([*check, *argv]):
             return code
-        run_all(commands, arguments.workdir)
-        return write_report(arguments.workdir, None)
+        run_all(planned, arguments.workdir, train)
+        return write_report(arguments.workdir)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -82,10 +92,10 @@ def main(
         return stopped.code
 
 
-def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The arguments, and the overrides of the config as `--config.field=value`.
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments; `overrides` and `recall` are those of the configs, as `--config.field=value`.
 
-    Raises: ConfigError on an argument that is neither.
+    Raises: ConfigError on an argument that is not known.
     """
     parser = argparse.ArgumentParser(
         prog="python -m experiments.ablation",
@@ -94,22 +104,76 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--scale", default="cpu", help="of the configs: cpu (default) or published")
-    parser.add_argument("--workdir", type=Path, required=True, help="each strategy gets a folder in it")
-    parser.add_argument("--strategies", type=_names, help="names of configs/*.py, divided by commas")
+    parser.add_argument("--workdir", type=Path, required=True, help="each run gets a folder in it")
+    parser.add_argument("--strategies", type=_names, default=list(STRATEGIES), help="names of configs/*.py")
+    parser.add_argument("--seeds", type=_names, default=[], help="such as 42,43,44; the config's own if not given")
+    parser.add_argument("--settings", type=_names, default=["independent"], help=f"of {','.join(SETTINGS)}")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--dry_run", action="store_true", help="print the commands, run nothing")
     mode.add_argument("--check_only", action="store_true", help="check the configs, run nothing")
     mode.add_argument("--report_only", action="store_true", help="make the report again, run nothing")
     arguments, rest = parser.parse_known_args(argv)
-    overrides = [argument for argument in rest if argument != "--"]
-    for override in overrides:
-        if not override.startswith("--config.") or "=" not in override:
-            raise ConfigError("argument", override, "unknown; write overrides as --config.field=value")
-    return arguments, overrides
+    arguments.overrides, arguments.recall = [], []
+    for given in (argument for argument in rest if argument != "--"):
+        if given.startswith("--config.") and "=" in given:
+            arguments.overrides.append(given)
+        elif given.startswith("--recall.") and "=" in given:
+            arguments.recall.append(given.replace("--recall.", "--config.", 1))
+        else:
+            raise ConfigError("argument", given, "unknown; write overrides as --config.field=value")
+    _check_arguments(arguments)
+    return arguments
+
+
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    given = {override.partition("=")[0] for override in arguments.overrides}
+    for setting in arguments.settings:
+        if setting not in SETTINGS:
+            raise ConfigError("--settings", setting, f"choose of {', '.join(SETTINGS)}")
+    for seed in arguments.seeds:
+        if not seed.isdecimal():
+            raise ConfigError("--seeds", seed, "give whole numbers, 0 or more, divided by commas")
+    if arguments.seeds and "--config.seed" in given:
+        raise ConfigError("--seeds", ",".join(arguments.seeds), "--config.seed is given too; give one of them")
+    if "paired" in arguments.settings and "--config.data.shuffle_block" in given:
+        raise ConfigError("--settings", "paired", "sets config.data.shuffle_block itself; do not give it")
+    if not (arguments.strategies and arguments.settings):
+        raise ConfigError("--strategies", "", "name at least one, and at least one of --settings")
 
 
 def _names(text: str) -> list[str]:
     return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def plan(arguments: argparse.Namespace) -> list[Planned]:
+    """The runs of a study, seed by seed, so that one that is stopped half-way can be compared already.
+
+    Raises: ConfigError for a strategy, scale, field or value that is not there.
+    """
+    configs = {name: load_strategy(name, arguments.scale, arguments.overrides) for name in arguments.strategies}
+    longest = max(config.seq_len for config in configs.values())
+    planned = []
+    for seed in arguments.seeds or [None]:
+        for name, config in configs.items():
+            number = config.seed if seed is None else int(seed)
+            given = [f"--config.seed={seed}"] if seed is not None else []
+            for setting in arguments.settings:
+                if setting == "recall":
+                    file, overrides = _file(name, "recall"), [*_shared(arguments.overrides), *arguments.recall, *given]
+                    load_strategy(name, "recall", overrides)
+                else:
+                    file, overrides = _file(name, arguments.scale), [*arguments.overrides, *given]
+                if setting == "paired":
+                    if config.seq_len == longest and "independent" in arguments.settings:
+                        continue  # its rows are the blocks: both orders are one
+                    overrides.append(f"--config.data.shuffle_block={longest}")
+                planned.append(Planned(Key(name, setting, number), file, tuple(overrides)))
+    return planned
+
+
+def _shared(overrides: Sequence[str]) -> list[str]:
+    """Those that say where a run is made, not what: the recall task takes these alone."""
+    return [o for o in overrides if o.startswith(("--config.mesh.", "--config.data.cache_dir=", "--config.seed="))]
 
 
 def load_strategy(strategy: str, scale: str, overrides: Sequence[str]) -> ConfigDict:
@@ -123,38 +187,48 @@ def load_strategy(strategy: str, scale: str, overrides: Sequence[str]) -> Config
     return load_config(f"{path}:{scale}", overrides)
 
 
-def train_command(
-    train: Sequence[str], strategy: str, scale: str, workdir: Path, overrides: Sequence[str]
-) -> list[str]:
+def _file(strategy: str, scale: str) -> str:
     path = CONFIGS / f"{strategy}.py"
-    if path.is_relative_to(Path.cwd()):
-        path = path.relative_to(Path.cwd())
-    return [*train, f"--config={path}:{scale}", f"--workdir={workdir / strategy}", *overrides]
+    return f"{path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}:{scale}"
 
 
-def run_all(commands: dict[str, list[str]], workdir: Path) -> None:
-    """Runs each command to its end, one after another; one that fails does not stop the next.
+def check_all(planned: Sequence[Planned]) -> int:
+    """Checks the config of every run, but of one seed each. Raises: ConfigError for the first mistake."""
+    from research import train  # in this child alone JAX starts
+
+    first = {(run.key.strategy, run.key.setting): run for run in reversed(planned)}
+    for run in first.values():
+        train.prepare(load_config(run.file, run.overrides))
+    return 0
+
+
+def run_all(planned: Sequence[Planned], workdir: Path, train: Sequence[str]) -> None:
+    """Makes each run to its end, one after another; one that fails does not stop the next.
 
     How each ended is kept in ablation.json. Raises: Interrupted when a signal stopped one.
     """
-    for number, (strategy, command) in enumerate(commands.items(), 1):
-        print(f"{strategy} ({number} of {len(commands)}): {shlex.join(command)}", flush=True)
+    keys, begun = [run.key for run in planned], time.monotonic()
+    for number, run in enumerate(planned, 1):
+        left = ""
+        if number > 1:
+            mean = (time.monotonic() - begun) / (number - 1)
+            left = f", about {duration(mean * (len(planned) - number + 1))} left"
+        command = run.command(train, workdir)
+        print(f"{run.key.name} ({number} of {len(planned)}{left}): {shlex.join(command)}", flush=True)
         try:
             code = run_child(command)
         except Interrupted as stopped:
-            _record(workdir, list(commands), {strategy: stopped.code})
+            _record(workdir, keys, {run.key.name: stopped.code})
             raise
-        _record(workdir, list(commands), {strategy: code})
+        _record(workdir, keys, {run.key.name: code})
         if code:
-            print(f"{strategy} failed: exit code {code}", file=sys.stderr, flush=True)
+            print(f"{run.key.name} failed: exit code {code}", file=sys.stderr, flush=True)
 
 
 def run_child(command: Sequence[str]) -> int:
-    """Exit code of a command that writes to this process's output; signals that come are handed on
-    to it.
+    """Exit code of a command that writes to this process's output; signals that come are handed on to it.
 
-    The child has a session of its own: Ctrl-C reaches it once, through us. Raises: Interrupted
-    after such a signal.
+    The child has a session of its own: Ctrl-C reaches it once, through us. Raises: Interrupted after such a signal.
     """
     received: list[int] = []
     child: list[subprocess.Popen] = []
@@ -179,56 +253,48 @@ def run_child(command: Sequence[str]) -> int:
     return code
 
 
-def _record(workdir: Path, strategies: Sequence[str], exit_codes: dict[str, int]) -> None:
-    """Remembers how each run ended, for the report; strategies of earlier commands are kept."""
+def _record(workdir: Path, keys: Sequence[Key], exit_codes: dict[str, int]) -> None:
+    """Remembers how each run ended, for the report; runs of earlier commands are kept."""
     workdir.mkdir(parents=True, exist_ok=True)
-    known = _recorded(workdir)
-    merged = list(dict.fromkeys([*known["strategies"], *strategies]))
-    codes = known["exit_codes"] | exit_codes
-    content = json.dumps({"strategies": merged, "exit_codes": codes}, indent=1)
+    known, codes = _recorded(workdir)
+    merged = [asdict(key) for key in dict.fromkeys([*known, *keys])]
+    content = json.dumps({"runs": merged, "exit_codes": codes | exit_codes}, indent=1)
     study.write_text(workdir / "ablation.json", content + "\n")
 
 
-def _recorded(workdir: Path) -> dict[str, Any]:
+def _recorded(workdir: Path) -> tuple[list[Key], dict[str, int]]:
     path = workdir / "ablation.json"
-    return json.loads(path.read_text()) if path.exists() else {"strategies": [], "exit_codes": {}}
+    if not path.exists():
+        return [], {}
+    known: dict[str, Any] = json.loads(path.read_text())
+    return [Key(**key) for key in known["runs"]], known["exit_codes"]
 
 
-def write_report(workdir: Path, strategies: Sequence[str] | None) -> int:
-    """Gathers the runs into `<workdir>/report/` and writes the report there; returns the exit code.
-
-    `strategies`: None for all that were ever run in `workdir`.
-    """
-    recorded = _recorded(workdir)
-    strategies = strategies or recorded["strategies"] or list(STRATEGIES)
-    if not any((workdir / strategy).is_dir() for strategy in strategies):
-        message = "holds no run of a strategy and no results.json"
-        raise ConfigError("--workdir", str(workdir), message)
-    runs = study.collect(workdir, strategies, recorded["exit_codes"])
-    study.save(runs, workdir / "report")
-    return _conclude(workdir / "report", recorded["exit_codes"])
+def write_report(workdir: Path) -> int:
+    """Gathers all runs that were ever asked for in `workdir` into `<workdir>/report/`, and writes the report there."""
+    keys, exit_codes = _recorded(workdir)
+    if not keys:
+        raise ConfigError("--workdir", str(workdir), "holds no study (no ablation.json) and no results.json")
+    study.save(study.collect(workdir, keys, exit_codes), workdir / "report")
+    return _conclude(workdir / "report", exit_codes)
 
 
-def report_only(workdir: Path, strategies: Sequence[str] | None) -> int:
+def report_only(workdir: Path) -> int:
     """Makes the report again from a study's folder, or from the data files of a report's folder."""
-    if (workdir / "results.json").exists():
-        return _conclude(workdir, {})
-    return write_report(workdir, strategies)
+    return _conclude(workdir, {}) if (workdir / "results.json").exists() else write_report(workdir)
 
 
 def _conclude(folder: Path, exit_codes: dict[str, int]) -> int:
     """Writes and prints the report of a folder; returns the exit code that its runs call for."""
     results = report.write(folder)
-    runs = study.load(folder)
-    finished = [run for run in runs if run.finished]
-    if finished:
-        print("\n" + findings.paragraph(finished, results["comparison"]))
-    print(f"\n{folder / 'report.md'}")
-    for run in runs:
-        if not run.finished:
-            print(f"{run.strategy} {run.status}", file=sys.stderr)
-    failed = [exit_codes[run.strategy] for run in runs if exit_codes.get(run.strategy)]
-    return failed[0] if failed else int(len(finished) < len(runs))
+    unfinished = [run for run in results["runs"] if run["status"] != study.FINISHED]
+    if results["analysis"]["arms"] or results["analysis"]["recall"]:
+        print("\n" + findings.paragraph(results["analysis"]))
+    print(f"\n{folder / 'report.md'}\n{folder / 'report.html'}")
+    for run in unfinished:
+        print(f"{run['strategy']}-{run['setting']}-{run['seed']} {run['status']}", file=sys.stderr)
+    failed = [code for code in exit_codes.values() if code]
+    return failed[0] if failed else int(bool(unfinished))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,37 @@
 #!/usr/bin/env bash
-# All that a GPU is asked for, with one command:  bash experiments/on_gpu.sh FOLDER [--config.data.source=jsonl ...]
-# Checks the GPU's own paths, times the steps, and runs the published ablation. The flags name a corpus that needs no
-# network, for example --config.data.source=jsonl --config.data.path=books.jsonl.gz --config.data.tokenizer=bpe
-# What is to be committed is left in FOLDER/checks.txt, FOLDER/benchmark.json and FOLDER/ablation/report.
+# All that a GPU is asked for:  bash experiments/on_gpu.sh FOLDER [STAGE] BOOKS.jsonl.gz
+# STAGE: checks | benchmark | published | study | waterfall | all (default). Each goes on where it was stopped, and is meant to
+# fit in ten minutes. BOOKS is a corpus of long documents that needs no network; its field `text` is read.
+#   checks     the paths that only a GPU takes
+#   benchmark  step times at the three shapes
+#   published  the original's protocol to the letter (leaks on purpose)
+#   study      the same model and shapes under the clean protocol, three seeds, paired and independent order, and recall
+#   waterfall  from the one to the other, a confound at a time
+# What is to be committed is left in FOLDER/checks.txt, FOLDER/benchmark.json, and the report folders in FOLDER/*.
 set -euo pipefail
 folder=$1
-shift
-mkdir -p "$folder"
+stage=all
+[ $# -lt 3 ] || { stage=$2; shift; }
+books=$2
 python=${PYTHON:-python3}
-JAX_PLATFORMS=cuda "$python" -m pytest -m gpu tests/test_gpu.py | tee "$folder/checks.txt"
-"$python" -m experiments.benchmark --scale=published --implementations=ours --repeats=10 --out="$folder/benchmark.json"
-"$python" -m experiments.ablation --scale=published --workdir="$folder/ablation" "$@"
+mkdir -p "$folder"
+corpus="--config.data.source=jsonl --config.data.path=$books --config.data.tokenizer=bpe"
+clean="--config.data.protocol=clean --config.data.max_documents=0 --config.data.max_document_chars=0 --config.data.max_tokens=0
+    --config.data.heldout_fraction=0.2 --config.train.steps=800"
+
+checks() { JAX_PLATFORMS=cuda "$python" -m pytest -m gpu tests/test_gpu.py | tee "$folder/checks.txt"; }
+benchmark() {
+    "$python" -m experiments.benchmark --scale=published --implementations=ours --repeats=10 --out="$folder/benchmark.json"
+}
+published() { "$python" -m experiments.ablation --scale=published --workdir="$folder/published" $corpus; }
+study() {
+    "$python" -m experiments.ablation --scale=published --workdir="$folder/study" --seeds=42,43,44 \
+        --settings=independent,paired,recall $corpus $clean
+}
+waterfall() { "$python" -m experiments.waterfall --scale=published --workdir="$folder/waterfall" $corpus; }
+
+case $stage in
+    checks | benchmark | published | study | waterfall) $stage ;;
+    all) checks && benchmark && published && study && waterfall ;;
+    *) echo "stage $stage: choose checks, benchmark, published, study, waterfall or all" >&2; exit 2 ;;
+esac

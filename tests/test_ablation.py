@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,8 +22,12 @@ def ablation(workdir: Path, *arguments: str, check=PASS) -> int:
     return main([f"--workdir={workdir}", *arguments], train=TRAIN, check=check)
 
 
-def call_of(workdir: Path, strategy: str) -> dict:
-    return json.loads((workdir / strategy / "call.json").read_text())
+def call_of(workdir: Path, name: str) -> dict:
+    return json.loads((workdir / name / "call.json").read_text())
+
+
+def report_of(workdir: Path) -> str:
+    return (workdir / "report" / "report.md").read_text()
 
 
 @pytest.fixture(autouse=True)
@@ -30,46 +35,72 @@ def _at_root(monkeypatch):
     monkeypatch.chdir(ROOT)  # children import tests.fake_runs
 
 
-def test_each_strategy_runs_in_its_own_process_with_every_override(tmp_path, capfd):
+def test_each_run_has_a_process_of_its_own_with_every_override(tmp_path, capfd):
     code = ablation(tmp_path, "--config.seed=7", "--", "--config.train.eval_every=4")
     assert code == 0
-    calls = [call_of(tmp_path, strategy) for strategy in STRATEGIES]
+    calls = [call_of(tmp_path, f"{strategy}-independent-7") for strategy in STRATEGIES]
     assert len({call["pid"] for call in calls}) == len(STRATEGIES)
     assert all(call["parent"] == os.getpid() for call in calls)
     assert all(call["group"] != os.getpgrp() for call in calls)  # Ctrl-C comes through us
-    for call in calls:
+    for call, strategy in zip(calls, STRATEGIES, strict=True):
         assert call["overrides"] == ["--config.seed=7", "--config.train.eval_every=4"]
-        assert call["scale"] == "cpu"
-    assert "fake run of balanced" in capfd.readouterr().out  # the child's output is ours
-    report = tmp_path / "report"
-    assert {"report.md", "results.json", "curves.csv", "heldout_losses.npz", "figures"} == {
-        path.name for path in report.iterdir()
-    }
+        assert call["config"] == f"configs/{strategy}.py:cpu"
+    said = capfd.readouterr().out
+    assert "fake run of balanced" in said and "left" in said  # the child's output is ours
+    made = {path.name for path in (tmp_path / "report").iterdir()}
+    assert made == {"report.md", "report.html", "results.json", "heldout_losses.npz", "figures"}
+
+
+def test_a_study_is_planned_seed_by_seed_and_pairs_share_the_longest_rows(tmp_path, capsys):
+    arguments = [
+        "--seeds=1,2",
+        "--settings=independent,paired,recall",
+        "--config.mesh.data=1",
+        "--config.train.steps=5",
+    ]
+    assert ablation(tmp_path, *arguments, "--recall.train.steps=3", "--dry_run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.split("--workdir=")[1].split()[0].removeprefix(f"{tmp_path}/") for line in lines]
+    one = ["large_batch-independent-1", "large_batch-paired-1", "large_batch-recall-1"]
+    one += ["balanced-independent-1", "balanced-paired-1", "balanced-recall-1"]
+    one += ["long_seq-independent-1", "long_seq-recall-1"]  # its rows are the blocks of the paired order
+    assert names == one + [name.replace("-1", "-2") for name in one]
+    for line, name in zip(lines, names, strict=True):
+        text = "-recall-" not in name
+        assert ("--config.train.steps=5" in line) == text and ("--config.train.steps=3" in line) != text
+        assert ("--config.data.shuffle_block=2048" in line) == ("-paired-" in name)
+        assert "--config.mesh.data=1" in line and f"--config.seed={name[-1]}" in line
+        assert (".py:cpu" in line) == text and (".py:recall" in line) != text
+
+
+def test_the_longest_strategy_is_trained_in_paired_order_where_it_is_in_no_other(tmp_path, capsys):
+    assert ablation(tmp_path, "--settings=paired", "--dry_run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and all("--config.data.shuffle_block=2048" in line for line in lines)
 
 
 def test_a_failed_run_is_in_the_report_and_in_the_exit_code(tmp_path, monkeypatch):
-    monkeypatch.setenv("FAKE_EXITS", '{"balanced": 3}')
+    monkeypatch.setenv("FAKE_EXITS", '{"balanced-independent-42": 3}')
     assert ablation(tmp_path) == 3
-    text = (tmp_path / "report" / "report.md").read_text()
-    assert "| balanced | failed: exit code 3 |" in text
-    assert "long_seq - large_batch" in text or "large_batch - long_seq" in text
+    assert "balanced-independent-42 failed: exit code 3" in report_of(tmp_path)
+    assert "large_batch - long_seq" in report_of(tmp_path)
     monkeypatch.delenv("FAKE_EXITS")
     assert ablation(tmp_path, "--strategies=balanced") == 0  # the report keeps the others
-    text = (tmp_path / "report" / "report.md").read_text()
-    assert "failed" not in text and "large_batch - balanced" in text
+    assert "failed" not in report_of(tmp_path) and "large_batch - balanced" in report_of(tmp_path)
 
 
 def test_an_older_result_does_not_hide_a_failure(tmp_path, monkeypatch):
-    assert ablation(tmp_path, "--strategies=balanced") == 0
-    monkeypatch.setenv("FAKE_EXITS", '{"balanced": 2}')
-    assert ablation(tmp_path, "--strategies=balanced") == 2
-    assert "failed: exit code 2" in (tmp_path / "report" / "report.md").read_text()
-
-
-def test_a_missing_run_is_in_the_report_and_in_the_exit_code(tmp_path):
     assert ablation(tmp_path, "--strategies=balanced,long_seq") == 0
-    assert ablation(tmp_path, "--report_only", "--strategies=balanced,large_batch") == 1
-    assert "| large_batch | missing |" in (tmp_path / "report" / "report.md").read_text()
+    monkeypatch.setenv("FAKE_EXITS", '{"balanced-independent-42": 2}')
+    assert ablation(tmp_path, "--strategies=balanced") == 2
+    assert "failed: exit code 2" in report_of(tmp_path)
+
+
+def test_a_missing_seed_is_in_the_report_and_in_the_exit_code(tmp_path):
+    assert ablation(tmp_path, "--seeds=42,43", "--strategies=balanced,long_seq") == 0
+    shutil.rmtree(tmp_path / "balanced-independent-43")
+    assert ablation(tmp_path, "--report_only") == 1
+    assert "balanced-independent-43 missing" in report_of(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +113,12 @@ def test_a_missing_run_is_in_the_report_and_in_the_exit_code(tmp_path):
         (["--seed=3"], "'--seed=3'"),
         (["--config.seed"], "'--config.seed'"),
         (["--report_only"], "--workdir="),
+        (["--seeds=1,x"], "--seeds='x'"),
+        (["--seeds=1,2", "--config.seed=3"], "--seeds='1,2'"),
+        (["--settings=paired,odd"], "--settings='odd'"),
+        (["--settings=paired", "--config.data.shuffle_block=2048"], "--settings='paired'"),
+        (["--settings=recall", "--recall.model.depth=4"], "config.model.depth='4'"),
+        (["--strategies=,"], "--strategies=''"),
     ],
 )
 def test_a_mistake_is_one_line_and_starts_nothing(tmp_path, capsys, arguments, named):
@@ -114,16 +151,6 @@ def test_all_are_checked_before_the_first_starts(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_dry_run_prints_the_commands_and_runs_nothing(tmp_path, capsys):
-    assert ablation(tmp_path / "runs", "--dry_run", "--config.seed=7", "--scale=published") == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3
-    for strategy, line in zip(STRATEGIES, lines, strict=True):
-        assert f"--config=configs/{strategy}.py:published" in line
-        assert f"--workdir={tmp_path}/runs/{strategy} --config.seed=7" in line
-    assert not (tmp_path / "runs").exists()
-
-
 def test_the_config_is_read_as_training_reads_it():
     config = load_strategy("long_seq", "cpu", ["--config.seed=9", "--config.eval.contexts=(24,96)"])
     assert (config.strategy, config.seed, config.eval.contexts) == ("long_seq", 9, (24, 96))
@@ -149,23 +176,24 @@ def start(workdir: Path, hangs: str, stopped: int) -> subprocess.Popen:
 @pytest.mark.parametrize("number, stopped, code", [(signal.SIGTERM, 75, 75), (signal.SIGINT, 0, 130)])
 def test_a_signal_reaches_the_child_once_and_ends_the_ablation(tmp_path, number, stopped, code):
     """As Ctrl-C does, the signal goes to the whole process group."""
-    process = start(tmp_path, "balanced", stopped)
+    process = start(tmp_path, "balanced-independent-42", stopped)
     os.killpg(process.pid, number)
     assert process.wait(30) == code  # the child's; 128 + signal where the child says 0
-    assert json.loads((tmp_path / "balanced" / "saved.json").read_text()) == [number]
-    assert (tmp_path / "large_batch" / "result.json").exists()  # ran before
-    assert not (tmp_path / "long_seq").exists()  # would have run after
+    assert json.loads((tmp_path / "balanced-independent-42" / "saved.json").read_text()) == [number]
+    assert (tmp_path / "large_batch-independent-42" / "result.json").exists()  # ran before
+    assert not (tmp_path / "long_seq-independent-42").exists()  # would have run after
     assert ablation(tmp_path, "--report_only") != 0
-    assert f"failed: exit code {code}" in (tmp_path / "report" / "report.md").read_text()
+    assert f"failed: exit code {code}" in report_of(tmp_path)
     assert ablation(tmp_path) == 0  # the same command goes on
-    assert "failed" not in (tmp_path / "report" / "report.md").read_text()
+    assert "failed" not in report_of(tmp_path)
 
 
 def test_report_only_needs_no_more_than_the_data_files(tmp_path):
-    assert ablation(tmp_path / "runs") == 0
+    assert ablation(tmp_path / "runs", "--seeds=1,2", "--settings=independent,paired,recall") == 0
     made, committed = tmp_path / "runs" / "report", tmp_path / "committed"
     committed.mkdir()
-    for name in ("results.json", "curves.csv", "heldout_losses.npz"):
+    for name in ("results.json", "heldout_losses.npz"):
         (committed / name).write_bytes((made / name).read_bytes())
     assert ablation(committed, "--report_only") == 0
-    assert (committed / "report.md").read_bytes() == (made / "report.md").read_bytes()
+    for name in ("report.md", "report.html", "results.json"):
+        assert (committed / name).read_bytes() == (made / name).read_bytes()

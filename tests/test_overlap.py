@@ -6,7 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from research.data import overlap as module
+from research.data.build import fingerprint
 from research.data.overlap import overlap
+from research.data.tokens import open_corpus
+from tests.test_tokens import corpus_config
 
 
 def brute(train, heldout, starts, n) -> dict | None:
@@ -76,3 +79,16 @@ def test_order_and_place_matter():
     train = np.array([1, 2, 3, 4], np.uint16)
     found = overlap(train, np.array([2, 1, 4, 3], np.uint16), np.array([0]), sizes=(1, 2))
     assert found["1"]["ngrams"] == 1.0 and found["2"]["ngrams"] == 0.0
+
+
+def test_the_manifest_holds_it_and_the_fingerprint_does_not(tmp_path):
+    corpus = open_corpus(corpus_config(tmp_path, tokenizer="bytes"))
+    found = corpus.manifest["overlap"]
+    assert found == overlap(corpus.train, corpus.heldout, corpus.heldout_starts)
+    assert found["8"]["ngrams"] > found["50"]["ngrams"] > 0  # the documents are made of few words
+    assert fingerprint(corpus.manifest | {"overlap": None}) == corpus.fingerprint
+
+
+def test_the_published_protocol_has_one_text_and_no_overlap(tmp_path):
+    corpus = open_corpus(corpus_config(tmp_path, protocol="published", tokenizer="bytes"))
+    assert corpus.manifest["overlap"] is None

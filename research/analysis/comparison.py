@@ -1,169 +1,208 @@
-"""What a study's runs show against each other: on the same targets, at equal tokens and time."""
+"""What the runs of a study show against each other on the same held-out targets: JSON values, for the report."""
 
 import itertools
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from research.analysis import original
-from research.analysis.statistics import Difference, paired_bootstrap
-from research.analysis.study import Run, same_targets
+from research.analysis import budgets, context, decomposition, original, recall
+from research.analysis.context import difference, interval, rounded
+from research.analysis.statistics import bootstrap_statistic, hierarchical_bootstrap, holm, seeds_needed
+from research.analysis.study import Arm, Run, arms
 
+LEVEL = 0.05  # of a report's comparisons together, by Holm's correction
+RESOLUTIONS = (0.1, 0.03, 0.01)  # nats a token, of the power lines
 _SEED = 0  # of the resampling: the same documents are drawn for every pair
+_RESAMPLES = 10_000
 
 
-def compare(runs: Sequence[Run]) -> dict[str, Any]:
-    """All that a report says beyond the runs' own results, as JSON values.
+def analyse(runs: Sequence[Run]) -> dict[str, Any]:
+    """All that a report says beyond the runs' own results.
 
-    `contexts` are those that are compared at all; `shared_contexts` those at which every finished
-    run was scored within the length it was trained at. Where two runs were not scored on the same
-    targets (`not_compared`), nothing is ranked.
+    Contexts are compared where both strategies were trained at them. `shared` are those at which all were.
     """
-    finished = [run for run in runs if run.finished]
-    contexts = scored_contexts(finished)
-    shared = [c for c in contexts if all(str(c) in run.result["eval"]["contexts"] for run in finished)]
-    found = differences(finished, contexts)
-    pairs = itertools.combinations(finished, 2)
-    apart = [[a.strategy, b.strategy] for a, b in pairs if not same_targets(a, b)]
-    ranked = [] if apart else finished
-    return {
-        "contexts": contexts,
-        "shared_contexts": [c for c in shared if all(within_length(c, run) for run in finished)],
-        "differences": found,
-        "not_compared": apart,
-        "longer_context": longer_context(finished, shared),
-        "equal_tokens": at_equal(ranked, contexts, "tokens"),
-        "equal_seconds": at_equal(ranked, contexts, "train_seconds"),
-        "rankings": rankings(ranked, shared, found) if ranked else [],
+    text = {setting: arms(runs, setting) for setting in ("independent", "paired")}
+    everyone = [arm for setting in text.values() for arm in setting]
+    shared = [c for c in contexts_of(everyone) if all(arm.within(c) for arm in everyone)]
+    found = [entry for setting in text.values() for entry in differences(setting)]
+    for entry, adjusted in zip(found, holm([_nan(entry["p"]) for entry in found]), strict=True):
+        entry["p_holm"] = rounded(adjusted)
+        entry["shown"] = bool(adjusted < LEVEL)
+    return dict(
+        arms=[describe(arm) for arm in everyone],
+        contexts=contexts_of(everyone),
+        shared_contexts=shared,
+        differences=found,
+        power=[entry for setting in text.values() for entry in power(setting, shared)],
+        rankings=[entry for setting in text.values() for entry in rankings(setting, shared, found)],
+        context=context.analyse(everyone),
+        budgets=budgets.analyse(text["independent"], shared),
+        decomposition=decomposition.analyse(text["independent"], text["paired"], shared),
+        recall=recall.analyse(arms(runs, "recall")),
+        warnings=warnings(runs, everyone),
+    )
+
+
+def contexts_of(found: Sequence[Arm]) -> list[int]:
+    """Contexts (tokens) that every run was scored at, rising."""
+    scored = [set(arm.contexts) for arm in found]
+    return sorted(set.intersection(*scored)) if scored else []
+
+
+def describe(arm: Arm) -> dict[str, Any]:
+    """An arm's losses by context with intervals, its own-length loss as the original measured, and its costs."""
+    first, documents = arm.first, arm.runs[0].arrays["document"]
+    results = [run.result for run in arm.runs]
+    losses = {c: np.stack([run.losses[c] for run in arm.runs]) for c in arm.contexts}
+    by_context = {
+        str(c): interval(bootstrap_statistic({"x": loss}, documents, lambda means: means["x"], _SEED))
+        | dict(sd=_sd(loss.mean(axis=1, dtype=np.float64)), beyond=not arm.within(c))
+        for c, loss in losses.items()
     }
+    own = [result["eval"]["own"]["loss"] for result in results]
+    leaking = first["protocol"] == "published"
+    return dict(
+        strategy=arm.strategy,
+        setting=arm.setting,
+        seeds=arm.seeds,
+        **{name: first[name] for name in ("protocol", "batch_size", "seq_len", "tokens_per_step", "steps", "tokens")},
+        contexts=by_context,
+        bits_per_byte={c: _mean([r["eval"]["contexts"][c]["bits_per_byte"] for r in results]) for c in by_context},
+        own=dict(
+            mean=_mean(own),
+            sd=_sd(own),
+            accuracy=_mean([result["eval"]["own"]["accuracy"] for result in results]),
+            leaking=leaking,
+            floor=rounded(floor(first)) if leaking else None,
+        ),
+        targets=int(documents.size),
+        documents=len(set(documents.tolist())),
+        unigram_entropy=rounded(first["unigram_entropy"]),
+        step_seconds=budgets.step_seconds(arm),
+        step_spread=[rounded(q) for q in _least_disturbed(results)],
+        tokens_per_second=rounded(first["tokens_per_step"] / budgets.step_seconds(arm)),
+        memory_bytes=first["memory_bytes"],
+        flops=first["flops"],
+    )
 
 
-def scored_contexts(finished: Sequence[Run]) -> list[int]:
-    """Contexts (tokens) at which two finished runs (or the only one) were scored, rising."""
-    scored = [int(c) for run in finished for c in run.result["eval"]["contexts"]]
-    return sorted({c for c in scored if scored.count(c) >= min(2, len(finished))})
+def _least_disturbed(results: Sequence[dict]) -> tuple[float, float]:
+    """p10 and p90 of the step seconds of the run whose median is the lowest."""
+    quiet = min((r["step_seconds"] for r in results), key=lambda step: step["median"])
+    return quiet["p10"], quiet["p90"]
 
 
-def within_length(context: int, run: Run) -> bool:
-    """Whether windows of a context, which reach to 1.25 times it, fit in a run's trained length."""
-    return 5 * context // 4 - 1 <= run.result["seq_len"]
+def floor(result: dict[str, Any]) -> float:
+    """The floor under an own-length loss that leaks; a window starts at every token."""
+    windows = result["train_tokens"] - result["seq_len"]
+    first = result.get("first_token_entropy") or result["unigram_entropy"]
+    return original.leak_floor(windows, first, result["seq_len"])
 
 
-def loss_at(run: Run, context: int) -> float | None:
-    """Held-out loss (nats/token) at a context; None where the run was not scored at it."""
-    return run.result["eval"]["contexts"].get(str(context), {}).get("loss")
+def differences(found: Sequence[Arm]) -> list[dict[str, Any]]:
+    """Loss of `a` minus that of `b`, over the seeds that both have.
+
+    At the longest context that all share, and at the longest of the pair's own: few, so that Holm's correction costs
+    little. The curves hold the others.
+    """
+    entries = []
+    everyone = [c for c in contexts_of(found) if all(arm.within(c) for arm in found)]
+    for a, b in itertools.combinations(found, 2):
+        pair = [c for c in contexts_of(found) if a.within(c) and b.within(c)]
+        seeds = [seed for seed in a.seeds if seed in b.seeds]
+        entries += [_difference(a, b, c, seeds) for c in sorted({*everyone[-1:], *pair[-1:]}) if seeds]
+    return entries
 
 
-def differences(finished: Sequence[Run], contexts: Sequence[int]) -> list[dict[str, Any]]:
-    """Loss of `a` minus that of `b` on the same targets, by context, for each pair scored at it."""
+def _difference(a: Arm, b: Arm, context_: int, seeds: Sequence[int]) -> dict[str, Any]:
+    losses = [_losses(arm, context_, seeds) for arm in (a, b)]
+    documents = a.runs[0].arrays["document"]
+    return (
+        dict(setting=a.setting, context=context_, a=a.strategy, b=b.strategy)
+        | difference(hierarchical_bootstrap(*losses, documents, _SEED, _RESAMPLES))
+        | dict(sd=_sd((losses[0] - losses[1]).mean(axis=1, dtype=np.float64)))
+    )
+
+
+def _losses(arm: Arm, context_: int, seeds: Sequence[int]) -> np.ndarray:
+    """[S, targets] of the runs with these seeds."""
+    return np.stack([run.losses[context_].astype(np.float64) for run in arm.runs if run.key.seed in seeds])
+
+
+def power(found: Sequence[Arm], shared: Sequence[int]) -> list[dict[str, Any]]:
+    """How many seeds would show a difference, from the spread of the seeds' paired differences at the longest shared
+    context; nothing where there is one seed."""
+    if not shared:
+        return []
     return [
-        {"context": context, "a": a.strategy, "b": b.strategy}
-        | _record(paired_bootstrap(a.losses[context], b.losses[context], a.documents, _SEED))
-        for context in contexts
-        for a, b in itertools.combinations(finished, 2)
-        if same_targets(a, b) and context in a.losses and context in b.losses
+        dict(setting=entry["setting"], context=entry["context"], a=entry["a"], b=entry["b"], sd=entry["sd"])
+        | dict(seeds={str(delta): seeds_needed(entry["sd"], delta) for delta in RESOLUTIONS})
+        for entry in differences(found)
+        if entry["context"] == shared[-1] and entry["sd"] is not None
     ]
 
 
-def longer_context(finished: Sequence[Run], shared: Sequence[int]) -> list[dict[str, Any]]:
-    """A run's loss at the longest context within its length less that at the shortest shared."""
-    found = []
-    for run in finished:
-        longest = max((c for c in run.losses if within_length(c, run)), default=0)
-        if shared and longest > shared[0] and shared[0] in run.losses:
-            gain = paired_bootstrap(run.losses[longest], run.losses[shared[0]], run.documents, _SEED)
-            found.append({"strategy": run.strategy, "from": shared[0], "to": longest} | _record(gain))
-    return found
+def rankings(found: Sequence[Arm], shared: Sequence[int], compared: Sequence[dict]) -> list[dict[str, Any]]:
+    """Strategies by mean loss, at their own lengths and at each shared context, lowest first.
 
-
-def at_equal(finished: Sequence[Run], contexts: Sequence[int], axis: str) -> dict[str, Any]:
-    """Losses where the run that ends first on `axis` ('tokens' or 'train_seconds') ends.
-
-    Linear interpolation between evaluations. `interpolated` is False where all end at the same
-    place: these are the final losses. A run without an evaluation at that context, on both sides of
-    that place, has no loss there (null).
+    `shown`: each neighbouring pair differs by Holm. `original`: the order is the original experiment's (null where one
+    of its strategies is missing).
     """
-    ends = [run.result["tokens"] if axis == "tokens" else _last(run, axis) for run in finished]
-    ends = [end for end in ends if end is not None]
-    if len(ends) < len(finished) or not ends:
-        return {"at": None, "interpolated": False, "losses": {}}
-    at, interpolated = min(ends), min(ends) != max(ends)
-    losses = {
-        str(context): {
-            run.strategy: _rounded(_interpolate(run, axis, at, context) if interpolated else loss_at(run, context))
-            for run in finished
-        }
-        for context in contexts
-    }
-    return {"at": at, "interpolated": interpolated, "losses": losses}
-
-
-def rankings(finished: Sequence[Run], shared: Sequence[int], found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Strategies by final loss, at their own lengths and at each shared context, lowest first.
-
-    `shown`: the interval of every neighbouring pair leaves out zero. `original`: the order is the
-    original experiment's (null where one of its strategies did not finish).
-    """
-    measures = {"own": {run.strategy: run.result["eval"]["own"]["loss"] for run in finished}}
-    measures |= {str(c): {run.strategy: loss_at(run, c) for run in finished} for c in shared}
+    if len(found) < 2:
+        return []
+    measures = {"own": {a.strategy: _mean([r.result["eval"]["own"]["loss"] for r in a.runs]) for a in found}}
+    for c in shared:
+        measures[str(c)] = {arm.strategy: float(_losses(arm, c, arm.seeds).mean()) for arm in found}
     ranked = []
     for measure, losses in measures.items():
         order = sorted(losses, key=losses.__getitem__)
-        theirs = [strategy for strategy in order if strategy in original.RANKING]
+        theirs = tuple(strategy for strategy in order if strategy in original.RANKING)
         complete = len(theirs) == len(original.RANKING)
+        pairs = [difference_of(compared, found[0].setting, measure, *pair) for pair in itertools.pairwise(order)]
         ranked.append(
-            {
-                "measure": measure,
-                "order": order,
-                "shown": len(order) > 1
-                and all(difference_shown(found, measure, *p) for p in itertools.pairwise(order)),
-                "original": tuple(theirs) == original.RANKING if complete else None,
-            }
+            dict(
+                setting=found[0].setting,
+                measure=measure,
+                order=order,
+                shown=all(pair is not None and pair["shown"] for pair in pairs),
+                original=theirs == original.RANKING if complete else None,
+            )
         )
     return ranked
 
 
-def difference_shown(found: Sequence[dict[str, Any]], measure: str, a: str, b: str) -> bool:
-    """Whether the interval between two strategies at a context is there and leaves out zero."""
-    return any(
-        entry["shown"] for entry in found if str(entry["context"]) == measure and {entry["a"], entry["b"]} == {a, b}
-    )
+def difference_of(compared: Sequence[dict], setting: str, context_: Any, a: str, b: str) -> dict[str, Any] | None:
+    """The entry of a pair, whichever is named first in it; None where they were not compared."""
+    for entry in compared:
+        place = entry["setting"] == setting and str(entry["context"]) == str(context_)
+        if place and {entry["a"], entry["b"]} == {a, b}:
+            return entry
+    return None
 
 
-def floor(run: Run) -> float:
-    """The floor under an own-length loss that leaks; a window starts at every token."""
-    result = run.result
-    windows = result["train_tokens"] - result["seq_len"]
-    return original.leak_floor(windows, result["unigram_entropy"], result["seq_len"])
+def warnings(runs: Sequence[Run], found: Sequence[Arm]) -> list[str]:
+    """What a reader must know before any number: missing runs, single seeds, leaks, overlap."""
+    said = [f"{run.key.name} {run.status}: it is in no mean." for run in runs if not run.finished]
+    if any(arm.first["protocol"] == "published" for arm in found):
+        said.append("LEAKING: under the published protocol held-out windows overlap training windows.")
+    single = sorted({arm.strategy for arm in found if len(arm.runs) == 1})
+    if single:
+        said.append(f"One seed of {', '.join(single)}: intervals hold the choice of documents alone.")
+    for overlap in {str(arm.first.get("overlap")): arm.first.get("overlap") for arm in found}.values():
+        share = (overlap or {}).get("50")
+        if share and share["ngrams"] > 0.01:
+            said.append(f"{share['ngrams']:.1%} of the held-out 50-grams occur in the train split.")
+    return said
 
 
-def _record(difference: Difference) -> dict[str, Any]:
-    return {
-        "mean": _rounded(difference.mean),
-        "low": _rounded(difference.low),
-        "high": _rounded(difference.high),
-        "documents": difference.documents,
-        "targets": difference.targets,
-        "shown": difference.shown,
-    }
+def _mean(values: Sequence[float | None]) -> float | None:
+    return None if any(value is None for value in values) else rounded(np.mean(values))
 
 
-def _rounded(value: float | None) -> float | None:
-    """Six decimals: the same on every machine. JSON has no NaN."""
-    return round(value, 6) if value is not None and math.isfinite(value) else None
+def _sd(values: Sequence[float]) -> float | None:
+    return rounded(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def _evaluations(run: Run, axis: str, name: str) -> tuple[list[float], list[float]]:
-    rows = sorted((row[axis], row[name]) for row in run.curve if name in row)
-    return [x for x, _ in rows], [y for _, y in rows]
-
-
-def _last(run: Run, axis: str) -> float | None:
-    return max((r[axis] for r in run.curve if any("eval/" in name for name in r)), default=None)
-
-
-def _interpolate(run: Run, axis: str, at: float, context: int) -> float:
-    x, y = _evaluations(run, axis, f"eval/loss@{context}")
-    return float(np.interp(at, x, y, left=np.nan, right=np.nan)) if x else math.nan
+def _nan(value: float | None) -> float:
+    return float("nan") if value is None else value

@@ -1,137 +1,149 @@
-"""The paragraph of findings: each sentence is selected by the numbers."""
+"""The paragraph of findings: each sentence is selected by the numbers of the analysis."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from research.analysis import comparison
+from research.analysis import budgets
+from research.analysis.comparison import difference_of
 from research.analysis.original import RANKING
-from research.analysis.study import Run
+
+LITTLE = 0.05  # nats a token: a gain from context below it is next to none
 
 
-def paragraph(finished: Sequence[Run], compared: dict[str, Any]) -> str:
-    """What the numbers of `comparison.compare` say, in the order in which a reader asks."""
-    leaking = [run.strategy for run in finished if run.result["protocol"] == "published"]
+def paragraph(analysis: dict[str, Any]) -> str:
+    """What the numbers say, in the order in which a reader asks."""
+    leaking = [arm["strategy"] for arm in analysis["arms"] if arm["own"]["leaking"]]
     sentences = []
     if leaking:
-        sentences.append(
-            f"**LEAKING: the losses of {_listed(leaking)} measure memorisation, and so does what follows from them.**"
-        )
-    for a, b in compared["not_compared"]:
-        sentences.append(f"{a} and {b} were not scored on the same targets: nothing is ranked.")
-    ranked = len(finished) > 1 and not compared["not_compared"]
-    if ranked:
-        sentences += equal_tokens(compared) + equal_seconds(compared)
-    sentences += longer_context(compared)
-    if ranked:
-        sentences += ranking(compared)
-    sentences.append(unigram(finished, compared))
+        sentences.append("**LEAKING: these losses measure memorisation, and so does what follows from them.**")
+    sentences += (
+        same_targets(analysis)
+        + why(analysis)
+        + more_context(analysis)
+        + scarce(analysis)
+        + recalls(analysis)
+        + ranking(analysis)
+        + unigram(analysis)
+    )
     return " ".join(sentences)
 
 
-def verdict(difference: dict[str, Any]) -> str:
-    """The strategy with the lower loss, or that no difference is shown."""
-    if not difference["shown"]:
-        return "no difference shown"
-    return difference["a"] if difference["mean"] < 0 else difference["b"]
-
-
-def equal_tokens(compared: dict[str, Any]) -> list[str]:
-    """Who has the lowest loss at each context, and against whom the interval shows it."""
-    equal, sentences = compared["equal_tokens"], []
-    for context, losses in equal["losses"].items():
-        known = _known(losses)
-        if len(known) < 2:
+def same_targets(analysis: dict[str, Any]) -> list[str]:
+    """Who has the lowest loss at the longest context that all share, and against whom it is shown."""
+    arms = [arm for arm in analysis["arms"] if arm["setting"] == "independent"]
+    if len(arms) < 2 or not analysis["shared_contexts"]:
+        return ["No two strategies share a context: nothing is ranked."]
+    context = str(analysis["shared_contexts"][-1])
+    best, *others = sorted(arms, key=lambda arm: arm["contexts"][context]["mean"])
+    shown, doubtful = [], []
+    for other in others:
+        found = difference_of(analysis["differences"], "independent", context, best["strategy"], other["strategy"])
+        if found is None or not found["shown"]:
+            doubtful.append(other["strategy"])
             continue
-        best, *others = sorted(known, key=known.__getitem__)
-        among = "" if len(known) == len(losses) else f", of {_listed(list(known))},"
-        text = f"{best}{among} is lowest at {context} tokens of context ({known[best]:.3f} nats/token"
-        found = compared["differences"]
-        doubtful = [o for o in others if not comparison.difference_shown(found, context, best, o)]
-        if equal["interpolated"]:
-            text += ")"
-        elif doubtful:
-            text += f"; no difference shown from {_listed(doubtful)})"
-        else:
-            text += f", {known[others[0]] - known[best]:.3f} below {others[0]})"
-        sentences.append(text)
-    if not sentences:
-        return ["No two strategies have a loss at one context and the same number of tokens, so none wins there."]
-    place = f"At equal tokens ({equal['at']:,.0f}"
-    place += ", interpolated, no interval)" if equal["interpolated"] else ")"
-    return [f"{place}, " + "; ".join(sentences) + "."]
+        low, high = sorted(abs(found[end]) for end in ("low", "high"))
+        shown.append(f"{abs(found['mean']):.3f} below {other['strategy']} [{low:.3f}, {high:.3f}]")
+    text = (
+        f"On the same held-out targets with {context} tokens before each, {best['strategy']} has the lowest loss, "
+        f"{best['contexts'][context]['mean']:.3f} nats a token"
+    )
+    if shown:
+        text += ": " + listed(shown)
+    if doubtful:
+        text += f"; no difference from {listed(doubtful)} is shown"
+    return [text + "."]
 
 
-def equal_seconds(compared: dict[str, Any]) -> list[str]:
-    """Who has the lowest loss when the fastest run ends."""
-    equal = compared["equal_seconds"]
-    lowest: dict[str, list[str]] = {}
-    for context, losses in equal["losses"].items():
-        known = _known(losses)
-        if len(known) > 1:
-            lowest.setdefault(min(known, key=known.__getitem__), []).append(context)
-    if not lowest:
+def why(analysis: dict[str, Any]) -> list[str]:
+    """How much of the largest difference is context, and how much diversity."""
+    entries = [e for e in analysis["decomposition"] if e["at"] == analysis["shared_contexts"][-1]]
+    if not entries:
         return []
-    won = [f"{name} is lowest at {_listed(contexts)}" for name, contexts in lowest.items()]
-    place = f"At equal train seconds ({duration(equal['at'])}, interpolated, no interval)"
-    return [f"{place}, {'; '.join(won)} tokens of context."]
+    largest = max(entries, key=lambda e: abs(e["total"]["mean"]))
+    parts = [f"{part} {largest[part]['mean']:+.3f} {_interval(largest[part])}" for part in ("context", "diversity")]
+    total = f"{largest['total']['mean']:+.3f}"
+    pair = f"{largest['a']} and {largest['b']}"
+    return [f"Of the difference of {total} between {pair}, {parts[0]} and {parts[1]} (nats a token)."]
 
 
-def longer_context(compared: dict[str, Any]) -> list[str]:
-    """Whether each strategy predicts better with its longest context than with the shortest."""
-    helps = {"helps": [], "is not shown to help": [], "hurts": []}
-    for change in compared["longer_context"]:
-        said = "is not shown to help"
-        if change["shown"]:
-            said = "helps" if change["mean"] < 0 else "hurts"
-        amount = f"{change['strategy']} ({change['mean']:+.3f} from {change['from']} to {change['to']})"
-        helps[said].append(amount)
-    said = [f"{verb} {_listed(names)}" for verb, names in helps.items() if names]
-    return [f"A longer context {', '.join(said)}."] if said else []
+def more_context(analysis: dict[str, Any]) -> list[str]:
+    """How much each strategy gains from the longest context it was trained at, and from where on nothing."""
+    said = []
+    for entry in analysis["context"]:
+        if entry["setting"] != "independent" or entry["effective"] is None:
+            continue
+        gain = entry["gains"][-1]
+        how = "gains" if gain["shown"] and gain["mean"] > 0 else "loses" if gain["shown"] else "is not shown to gain"
+        amount = f" {abs(gain['mean']):.3f}" if gain["shown"] else ""
+        said.append(
+            f"{entry['strategy']} {how}{amount} from {gain['from']} to {gain['to']} tokens (effective context "
+            f"{entry['effective']['mean']:,.0f})"
+        )
+    if not said:
+        return []
+    sentences = ["With more context, " + "; ".join(said) + "."]
+    most = max(gain["mean"] for entry in analysis["context"] for gain in entry["gains"][-1:])
+    if most < LITTLE:
+        sentences.append(
+            f"No strategy gains {LITTLE} nats a token from context: with so little training none has learnt to use it, "
+            "and what long rows are for is not tested."
+        )
+    return sentences
 
 
-def ranking(compared: dict[str, Any]) -> list[str]:
+def scarce(analysis: dict[str, Any]) -> list[str]:
+    """Who wins at which budget."""
+    won: dict[str, list[str]] = {}
+    for entry in (analysis["budgets"] or {}).get("equal", ()):
+        if entry["losses"]:
+            won.setdefault(next(iter(entry["losses"])), []).append(budgets.LABELS[entry["budget"]])
+    if not won:
+        return []
+    return ["Lowest at equal " + "; at equal ".join(f"{listed(axes)}: {name}" for name, axes in won.items()) + "."]
+
+
+def recalls(analysis: dict[str, Any]) -> list[str]:
+    """How far back each strategy recalls above chance."""
+    said = []
+    for entry in analysis["recall"]:
+        above = [b["to"] for b in entry["raw"] if b["low"] > entry["chance"]]
+        text = f"up to distances of {max(above):,}" if above else "at no distance"
+        said.append(f"{entry['strategy']} {text}")
+    return [f"On the recall task, above chance: {'; '.join(said)}."] if said else []
+
+
+def ranking(analysis: dict[str, Any]) -> list[str]:
     """Whether the original's ranking is seen at own length, as it measured, or on the targets."""
-    known = [r for r in compared["rankings"] if r["original"] is not None]
+    known = [r for r in analysis["rankings"] if r["original"] is not None]
     if not known:
         return []
-    seen = {True: [], False: []}
-    for entry in known:
-        where = "own length" if entry["measure"] == "own" else f"context {entry['measure']}"
-        surely = " (each step shown)" if entry["original"] and entry["shown"] else ""
-        seen[entry["original"]].append(where + surely)
+    where = [
+        ("own length" if r["measure"] == "own" else f"context {r['measure']}") + f" ({r['setting']} order)"
+        for r in known
+        if r["original"]
+    ]
     name = f"The original's ranking ({' < '.join(RANKING)})"
-    if not seen[True]:
-        return [f"{name} is not seen, neither at own length nor at a shared context."]
-    text = f"{name} is seen at {_listed(seen[True])}"
-    return [text + (f", not at {_listed(seen[False])}." if seen[False] else ".")]
+    seen = f"at {listed(where)}" if where else "neither at own length nor on the same targets"
+    return [f"{name} is {'' if where else 'not '}seen{', ' if not where else ' '}{seen}."]
 
 
-def unigram(finished: Sequence[Run], compared: dict[str, Any]) -> str:
-    """Whether each run has learnt more than how often each token occurs."""
-    above = []
-    for run in finished:
-        losses = [comparison.loss_at(run, context) for context in compared["shared_contexts"]]
-        losses.append(run.result["eval"]["own"]["loss"])
-        if max(losses) >= run.result["unigram_entropy"]:
-            above.append(run.strategy)
+def unigram(analysis: dict[str, Any]) -> list[str]:
+    """Whether each arm has learnt more than how often each token occurs."""
+    shared = [str(c) for c in analysis["shared_contexts"]]
+    above = [
+        arm["strategy"]
+        for arm in analysis["arms"]
+        if max([arm["own"]["mean"], *(arm["contexts"][c]["mean"] for c in shared)]) >= arm["unigram_entropy"]
+    ]
     if above:
-        return (
-            f"The loss of {_listed(above)} is not below the unigram entropy everywhere: "
-            "too little was learnt to compare by."
-        )
-    return "Every loss, at shared contexts and at own length, is below the unigram entropy."
+        return [f"The loss of {listed(above)} is not below the unigram entropy everywhere: too little was learnt."]
+    return []
 
 
-def _known(losses: dict[str, float | None]) -> dict[str, float]:
-    return {name: loss for name, loss in losses.items() if loss is not None}
+def _interval(entry: dict[str, Any]) -> str:
+    return "[no interval]" if entry["low"] is None else f"[{entry['low']:+.3f}, {entry['high']:+.3f}]"
 
 
-def duration(seconds: float) -> str:
-    """Seconds as a reader says them."""
-    if seconds < 120:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """a, b and c."""
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -1,131 +1,217 @@
-"""The comparison report of a study: report.md and figures, made from the data files of its folder
-(study.py).
+"""The report of a study: its data files are analysed into results.json; report.md and report.html are made of that.
+
+report.html needs nothing beside it: style and figures are inside, and it follows the reader's light or dark.
 """
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from research.analysis import comparison, figures, findings, tables
-from research.analysis.original import ORIGINAL
-from research.analysis.study import Run, load, write_text
-from research.analysis.tables import LEAKING, leaks
+import jinja2
+import numpy as np
+from markupsafe import Markup
 
-QUESTION = (
-    "At the same number of tokens a step, should a training step hold more sequences or longer "
-    "ones? Every strategy is scored on the same held-out tokens, each predicted from the same "
-    "number of tokens before it."
+from research.analysis import (
+    budgets,
+    claims,
+    comparison,
+    context_section,
+    decomposition,
+    figures,
+    findings,
+    markup,
+    protocol,
+    reach,
+    recall,
+    study,
+    tables,
 )
+from research.analysis.glossary import TERMS
+from research.analysis.page import VERDICTS, Picture, Section, Table, Verdict
+from research.analysis.style import styles_of
+
+TITLE = "Batch or length?"
+QUESTION = (
+    "At the same number of tokens a step, should a training step hold more sequences or longer ones? Every strategy is "
+    "scored on the same held-out tokens, each predicted from the same number of tokens before it."
+)
+MARKS = dict(zip(VERDICTS, "✓◐✕○", strict=True))
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A section as the templates show it; `kind` is `findings`, `warnings` or empty."""
+
+    title: str
+    text: str = ""
+    tables: tuple[Table, ...] = ()
+    pictures: tuple[Picture, ...] = ()
+    verdicts: tuple[Verdict, ...] = ()
+    terms: tuple[tuple[str, str], ...] = ()
+    kind: str = ""
+
+    @property
+    def anchor(self) -> str:
+        return markup.slug(self.title)
+
+    @property
+    def tally(self) -> list[tuple[str, int]]:
+        """(verdict, how many), in the order of VERDICTS."""
+        return [(name, sum(v.verdict == name for v in self.verdicts)) for name in VERDICTS]
 
 
 def write(folder: Path) -> dict[str, Any]:
-    """Makes report.md and figures/ from the data files in `folder`, and adds the comparison to its
-    results.json.
+    """Analyses the data files in `folder` into its results.json, then makes the report of it.
 
-    Returns: results.json's content. The same data files give the same report. Raises: ConfigError
-    when a data file is missing or damaged.
+    Returns: results.json's content. The same data files give the same report. Raises: ConfigError when a data file is
+    missing or damaged.
     """
-    runs = load(folder)
+    runs = study.load(folder)
     results = json.loads((folder / "results.json").read_text())
-    results["comparison"] = comparison.compare(runs)
-    results["original"] = [asdict(row) | {"floor": round(row.floor, 4)} for row in ORIGINAL]
-    names = figures.draw(runs, results["comparison"], folder / "figures")
-    write_text(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
-    write_text(folder / "report.md", markdown(runs, results["comparison"], names))
+    analysis = comparison.analyse(runs)
+    analysis["reach"] = _reach(runs, analysis["shared_contexts"])
+    results["analysis"] = analysis
+    study.write_text(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+    render(results, folder)
     return results
 
 
-def markdown(runs: Sequence[Run], compared: dict[str, Any], figure_names: Sequence[str]) -> str:
-    """The report's text, from `comparison.compare(runs)` and the names of the figures drawn."""
-    finished = [run for run in runs if run.finished]
-    scales = sorted({str(run.config.get("scale", "unnamed")) for run in finished})
-    parts = [f"# Batch or length: {', '.join(scales) or 'no run finished'}", QUESTION]
-    parts += [f"**{run.strategy}** {run.status}" for run in runs if not run.finished]
-    if finished:
-        parts += [
-            protocol(finished),
-            "## Findings\n\n" + findings.paragraph(finished, compared),
-            "## The original's table, and ours\n\n" + tables.original_table(runs),
-            "## On the same held-out targets\n\n" + tables.context_table(runs, compared),
-            *(f"![{alt}](figures/{name}.png)" for name, alt in _figures(finished, figure_names)),
-            "## Differences\n\n" + tables.difference_table(compared),
-            "## Does a longer context help?\n\n" + tables.longer_context_table(compared),
-            "## At equal train seconds\n\n" + tables.equal_seconds_table(compared),
-        ]
-    parts.append(_remake())
-    return "\n\n".join(parts) + "\n"
+def _reach(runs: Sequence[study.Run], shared: Sequence[int]) -> dict[str, list]:
+    found = [reach.analyse(study.arms(runs, setting), shared) for setting in ("independent", "paired")]
+    return {name: [entry for each in found for entry in each[name]] for name in ("pairs", "gains")}
 
 
-def protocol(finished: Sequence[Run]) -> str:
-    """What was held equal between the finished runs, and what was not."""
-    facts: tuple[tuple[str, Callable[[Run], str]], ...] = (
-        ("protocol", lambda r: r.result["protocol"]),
-        ("tokens", lambda r: f"{r.result['tokens']:,}"),
-        ("tokens a step", lambda r: f"{r.result['tokens_per_step']:,}"),
-        ("parameters", lambda r: f"{r.result['parameters']['total']:,}"),
-        ("optimiser", _optimizer),
-        ("corpus", lambda r: f"{r.result['corpus']} `{r.result['fingerprint'][:12]}`"),
-        ("seed", lambda r: str(r.result["seed"])),
-        ("held-out targets", _targets),
-        ("data order", _data_order),
-        ("device", lambda r: r.result["device"]),
+def render(results: Mapping[str, Any], folder: Path) -> None:
+    """Writes figures/, report.md and report.html into `folder`, from results.json's content alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = figures.draw(results["analysis"], folder / "figures")
+    page = _page(results, drawn)
+    study.write_text(folder / "report.md", _environment().get_template("report.md").render(page))
+    svgs = {name: (folder / "figures" / f"{name}.svg").read_text() for name in drawn}
+    analysis = results["analysis"]
+    strategies = list(dict.fromkeys(entry["strategy"] for entry in (*analysis["arms"], *analysis["recall"])))
+    page |= _looks(page, svgs, strategies)
+    study.write_text(folder / "report.html", _environment().get_template("report.html").render(page))
+
+
+def _page(results: Mapping[str, Any], drawn: Mapping[str, Picture]) -> dict[str, Any]:
+    """What both templates show."""
+    found = parts(results, drawn)
+    return dict(
+        title=TITLE,
+        kicker=protocol.kicker(results),
+        question=QUESTION,
+        facts=protocol.facts(results),
+        parts=found,
+        marks=MARKS,
+        footer=_remake(),
     )
-    equal, unequal = [], []
-    for name, show in facts:
-        values = [show(run) for run in finished]
-        if len(set(values)) == 1:
-            equal.append(f"{name} {values[0]}")
-        else:
-            listed = ", ".join(f"{r.strategy} {v}" for r, v in zip(finished, values, strict=True))
-            unequal.append(f"{name} ({listed})")
-    lines = ["**Held equal:** " + "; ".join(equal) + "."]
-    if unequal:
-        lines.append("**Not equal:** " + "; ".join(unequal) + ".")
-    if any(leaks(run) for run in finished):
-        lines.append(
-            f"{LEAKING}: under the published protocol held-out windows overlap training windows, "
-            "so its losses measure memorisation. The floor of an own-length loss is "
-            "(ln N - H(first)) / T with N windows and H(first) the unigram entropy."
-        )
-    return "\n\n".join(lines)
 
 
-def _optimizer(run: Run) -> str:
-    chosen = run.config["optimizer"]
-    rates = f"learning rate {chosen['learning_rate']:g}"
-    if chosen["name"] == "muon":
-        rates += f", {chosen['adamw_learning_rate']:g} for its AdamW group"
-    return f"{chosen['name']} ({rates}, {chosen['schedule']} schedule)"
+def parts(results: Mapping[str, Any], drawn: Mapping[str, Picture]) -> list[Part]:
+    """The report's sections in their order; what the results have no numbers for is left out."""
+    analysis = results["analysis"]
+    scored = bool(analysis["arms"])
+    found = [Part("What was run", protocol.text(results), protocol.tables(results))]
+    if scored or analysis["recall"]:
+        found.append(Part("Findings", _listed(findings.paragraph(analysis)), kind="findings"))
+    if scored:
+        found.append(Part("On the same held-out tokens", _main_text(analysis), (tables.main_table(analysis),)))
+        found.append(_part(tables.differences(analysis)))
+    verdicts = tuple(claims.verdicts(results))
+    found.append(Part("The article's claims, one by one", _claims_text(), verdicts=verdicts))
+    sections: list[Section | None] = [
+        context_section.section(analysis, drawn),
+        _with(budgets.section(analysis), drawn, "budgets"),
+        _with(decomposition.section(analysis), drawn, "decomposition"),
+        _with(recall.section(analysis), drawn, "recall"),
+        _with(tables.costs(analysis), drawn, "costs") if scored else None,
+        tables.original_section(analysis),
+    ]
+    found += [_part(section) for section in sections if section is not None]
+    if analysis["warnings"]:
+        found.append(Part("Warnings", "\n".join(f"- {said}" for said in analysis["warnings"]), kind="warnings"))
+    found.append(Part("What the words mean", terms=TERMS))
+    return found
 
 
-def _targets(run: Run) -> str:
-    if run.documents is None:
-        return "not recorded"
-    return f"{len(run.documents):,} in {len(set(run.documents.tolist())):,} documents"
+def _part(section: Section) -> Part:
+    return Part(section.title, section.text, section.tables, section.pictures)
 
 
-def _data_order(run: Run) -> str:
-    if run.result["protocol"] == "published":
-        return "stride-1 windows"
-    if block := run.config["data"]["shuffle_block"]:
-        return f"shuffled by {block:,} tokens, whatever the length"
-    return "shuffled by rows, each at a place of its own in the corpus"
+def _with(section: Section | None, drawn: Mapping[str, Picture], name: str) -> Section | None:
+    """The section with the picture of its name, where it was drawn."""
+    if section is None or name not in drawn or any(picture.name == name for picture in section.pictures):
+        return section
+    return replace(section, pictures=(*section.pictures, drawn[name]))
 
 
-def _figures(finished: Sequence[Run], names: Sequence[str]) -> list[tuple[str, str]]:
-    mark = " (LEAKING)" if any(leaks(run) for run in finished) else ""
-    alts = {
-        "loss": "Held-out loss against tokens and against train seconds",
-        "context": "Held-out loss by context",
-        "cost": "Step time, tokens a second and memory",
-    }
-    return [(name, alts[name] + (mark if name != "cost" else "")) for name in names]
+def _listed(paragraph: str) -> str:
+    """A paragraph's sentences as a list."""
+    return "\n".join(f"- {sentence}" for sentence in re.split(r"(?<=\.) (?=[A-Z*])", paragraph))
+
+
+def _main_text(analysis: Mapping[str, Any]) -> str:
+    if not analysis["shared_contexts"]:
+        return "No context is shared by every strategy: only losses of one column are comparable."
+    return (
+        "Losses of one column are of the same targets with the same context: they compare strategies. All were trained "
+        f"at contexts up to {analysis['shared_contexts'][-1]:,} tokens."
+    )
+
+
+def _claims_text() -> str:
+    return (
+        "Each claim of the article that this project answers, in its order. The verdict is chosen by a rule over the "
+        "numbers that stand beside it. `not tested` says that the numbers are absent or do not decide, and what would; "
+        "it is not a no. What holds here holds at this scale, for this text and this many tokens."
+    )
 
 
 def _remake() -> str:
     return (
-        "---\n\nMade from `results.json`, `curves.csv` and `heldout_losses.npz` in this folder: "
-        "`python -m experiments.ablation --report_only --workdir=<this folder>` makes it again."
+        "Made from `results.json` alone, which is made from the runs and `heldout_losses.npz` in this folder: "
+        "`python -m experiments.ablation --report_only --workdir=<this folder>` makes both again. `results.json` holds "
+        "every number that a table or a figure shows, `heldout_losses.npz` the loss of each held-out token in each run."
     )
+
+
+def _looks(page: Mapping[str, Any], svgs: Mapping[str, str], strategies: Sequence[str]) -> dict[str, Any]:
+    """What the HTML template needs beside: style, figures to stand inside the page, and their colours."""
+    pictures = [picture for part in page["parts"] for picture in part.pictures]
+    dots = {name: style["color"].lower() for name, style in styles_of(strategies).items()}
+    return dict(
+        css=Markup((_TEMPLATES / "report.css").read_text()),
+        palette=markup.palette(svgs.values(), extra=dots.values()),
+        dots={name: f"--k{color[1:]}" for name, color in dots.items()},
+        svgs={p.name: markup.figure(svgs[p.name], p.name, p.alt) for p in pictures if p.name in svgs},
+        cards={name for name, svg in svgs.items() if markup.scaled(svg)},
+        numbers={picture.name: number for number, picture in enumerate(pictures, 1)},
+    )
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=jinja2.select_autoescape(["html"]),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    filters: dict[str, Callable] = {
+        name: getattr(markup, name) for name in ("inline", "paragraphs", "plain", "markdown", "cell", "slug")
+    }
+    environment.filters |= filters
+    environment.globals["numeric"] = numeric
+    return environment
+
+
+def numeric(table: Table) -> set[int]:
+    """Columns whose every cell is read as a number: they are set to the right."""
+    columns = np.array(table.rows, dtype=object).T if table.rows else []
+    return {i for i, cells in enumerate(columns) if all(markup.is_number(str(c)) for c in cells)}

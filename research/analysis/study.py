@@ -1,12 +1,12 @@
-"""The finished runs of a study: gathered from their folders, kept in three small files, read back
-from those alone.
+"""The runs of a study: gathered from their folders, kept in two small files, read back from those alone.
 
-A report's folder holds `results.json` (each run's result and config), `curves.csv` (rows of metrics
-for the figures) and `heldout_losses.npz` (each target's loss). The report is made from these files,
-so it can be made again from them.
+A run is one (strategy, setting, seed), in the folder `<strategy>-<setting>-<seed>`. Settings: `independent` (each row
+from its own place of the corpus), `paired` (every strategy sees the same tokens at each step), `recall` (the synthetic
+recall task). A report's folder holds `results.json` (each run's result, config and curve, and later the analysis) and
+`heldout_losses.npz` (the loss of every held-out target), so a report can be made again, and the losses used by anyone.
 """
 
-import csv
+import dataclasses
 import io
 import json
 import os
@@ -17,78 +17,148 @@ from typing import Any
 
 import numpy as np
 
+from research.analysis import context
 from research.config import ConfigError
 
 FINISHED, MISSING = "finished", "missing"
+SETTINGS = ("independent", "paired", "recall")
 LOSSES_LIMIT = 1_000_000  # bytes of heldout_losses.npz above which losses are kept as float16
-_TRAIN_ROWS = 400  # of a curve; more are not seen in a figure
-_AXES = ("step", "tokens", "train_seconds")
-_KEPT = ("train/loss", "perf/tokens_per_s")  # and every eval/loss@<context>
+_TRAIN_ROWS = 100  # of a curve; more are not seen in a figure
+_AXES = ("step", "tokens", "flops", "train_seconds")
 _NEEDED = frozenset(
-    {"strategy", "protocol", "seed", "batch_size", "seq_len", "tokens_per_step", "steps", "tokens"}
+    {"strategy", "protocol", "seed", "batch_size", "seq_len", "tokens_per_step", "steps", "tokens", "flops"}
     | {"parameters", "corpus", "fingerprint", "train_tokens", "unigram_entropy", "seconds", "eval"}
     | {"tokens_per_second", "step_seconds", "memory_bytes", "device", "jax", "date"}
 )
 
 
 @dataclass(frozen=True)
-class Run:
-    """One strategy of a study; `result` and what follows are empty unless it is finished."""
+class Key:
+    """Which run of a study."""
 
     strategy: str
+    setting: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.strategy}-{self.setting}-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run; `result` and what follows are empty unless it is finished."""
+
+    key: Key
     status: str  # 'finished', 'missing' or 'failed: exit code N'
     result: dict[str, Any] | None = None  # result.json
     config: dict[str, Any] | None = None  # config.json, without folders of the machine
     curve: tuple[dict[str, float], ...] = ()  # rows of metrics.jsonl by step
-    losses: Mapping[int, np.ndarray] = field(default_factory=dict)  # context -> [targets] nats
-    documents: np.ndarray | None = None  # [targets] held-out document of each target
-    positions: np.ndarray | None = None  # [targets] place in the held-out tokens
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)  # of heldout_losses.npz, own windows binned
 
     @property
     def finished(self) -> bool:
         return self.status == FINISHED
 
+    @property
+    def losses(self) -> dict[int, np.ndarray]:
+        """Context -> [targets] nats."""
+        found = {name[5:]: array for name, array in self.arrays.items() if name.startswith("loss_")}
+        return {int(name): array for name, array in found.items() if name.isdecimal()}
 
-def collect(workdir: Path, strategies: Sequence[str], exit_codes: Mapping[str, int]) -> list[Run]:
-    """The runs in `<workdir>/<strategy>/`.
 
-    A strategy whose last command failed is shown as failed even where an older result.json lies in
-    its folder. Raises: ConfigError when a finished run's file is damaged.
+@dataclass(frozen=True)
+class Arm:
+    """The finished runs of one strategy in one setting, by seed."""
+
+    strategy: str
+    setting: str
+    runs: tuple[Run, ...]
+
+    @property
+    def seeds(self) -> list[int]:
+        return [run.key.seed for run in self.runs]
+
+    @property
+    def first(self) -> dict[str, Any]:
+        """The result of the first run: what does not differ between seeds can be read off it."""
+        return self.runs[0].result
+
+    @property
+    def contexts(self) -> list[int]:
+        """Contexts (tokens) that every run was scored at, rising."""
+        return sorted(set.intersection(*(set(run.losses) for run in self.runs)))
+
+    def within(self, context: int) -> bool:
+        """Whether windows of a context, which reach to 1.25 times it, fit in the trained length."""
+        return 5 * context // 4 <= self.first["seq_len"]
+
+
+def arms(runs: Sequence[Run], setting: str) -> list[Arm]:
+    """The arms of a setting that have a finished run, in the order of the runs.
+
+    Where blocks are as long as a strategy's rows, paired and independent order are one: its independent runs serve
+    as its paired ones.
+    """
+    finished = [run for run in runs if run.finished]
+    chosen = [run for run in finished if run.key.setting == setting]
+    if setting == "paired" and chosen:
+        block = chosen[0].config["data"]["shuffle_block"]
+        independent = [run for run in finished if run.key.setting == "independent"]
+        chosen += [run for run in independent if run.result["protocol"] == "clean" and run.result["seq_len"] == block]
+    found: dict[str, list[Run]] = {}
+    for run in chosen:
+        found.setdefault(run.key.strategy, []).append(run)
+    return [Arm(name, setting, tuple(sorted(own, key=lambda r: r.key.seed))) for name, own in found.items()]
+
+
+def collect(workdir: Path, keys: Sequence[Key], exit_codes: Mapping[str, int]) -> list[Run]:
+    """The runs in `<workdir>/<name>/`.
+
+    A run whose last command failed is shown as failed even where an older result.json lies in its folder.
+    Raises: ConfigError when a finished run's file is damaged, or text runs are of different corpora.
     """
     runs = []
-    for strategy in strategies:
-        folder = workdir / strategy
-        if code := exit_codes.get(strategy, 0):
-            runs.append(Run(strategy, f"failed: exit code {code}"))
+    for key in keys:
+        folder = workdir / key.name
+        if code := exit_codes.get(key.name, 0):
+            runs.append(Run(key, f"failed: exit code {code}"))
         elif not (folder / "result.json").exists():
-            runs.append(Run(strategy, MISSING))
+            runs.append(Run(key, MISSING))
         else:
-            runs.append(_read_run(folder, strategy))
+            runs.append(_read_run(folder, key))
+    _refuse_mixed(runs, workdir)
     return runs
 
 
-def _read_run(folder: Path, strategy: str) -> Run:
+def _refuse_mixed(runs: Sequence[Run], workdir: Path) -> None:
+    """One comparison is of one corpus, and of one set of targets."""
+    text = [run for run in runs if run.finished and run.key.setting != "recall"]
+    for run in text[1:]:
+        problem = None
+        if run.result["fingerprint"] != text[0].result["fingerprint"]:
+            corpora = [r.result["corpus"] + " " + r.result["fingerprint"][:12] for r in (text[0], run)]
+            problem = f"of another corpus ({corpora[1]}) than {text[0].key.name} ({corpora[0]})"
+        elif run.result["protocol"] != text[0].result["protocol"]:
+            problem = f"of another protocol than {text[0].key.name}"
+        elif not same_targets(run, text[0]):
+            problem = f"scored on other held-out targets than {text[0].key.name}"
+        if problem:
+            raise ConfigError("workdir", str(workdir), f"{run.key.name} is {problem}; compare them apart")
+
+
+def _read_run(folder: Path, key: Key) -> Run:
     result = _read_json(folder / "result.json")
     if absent := sorted(_NEEDED - result.keys()):
         raise _damaged(folder / "result.json", f"has no {absent[0]!r}")
-    config = _read_json(folder / "config.json")
-    losses, documents, positions = {}, None, None
-    if (path := folder / "heldout_losses.npz").exists():
-        arrays = _read_arrays(path)
-        losses = {int(name[5:]): arrays[name] for name in arrays if name.startswith("loss_")}
-        documents, positions = arrays.get("document"), arrays.get("position")
-        if documents is None or positions is None:
-            raise _damaged(path, "has no 'document' and 'position'")
-    return Run(
-        strategy,
-        FINISHED,
-        result,
-        _without_folders(config),
-        _read_curve(folder / "metrics.jsonl"),
-        losses,
-        documents,
-        positions,
-    )
+    config = _without_folders(_read_json(folder / "config.json"))
+    arrays = _read_arrays(folder / "heldout_losses.npz")
+    if absent := sorted({"document", "position"} - arrays.keys()):
+        raise _damaged(folder / "heldout_losses.npz", f"has no {absent[0]!r}")
+    if "own_loss" in arrays:
+        own = [arrays.pop(name) for name in ("own_loss", "own_document", "own_place")]
+        arrays |= context.bin_own(*own)
+    return Run(key, FINISHED, result, config, _read_curve(folder / "metrics.jsonl"), arrays)
 
 
 def _without_folders(config: dict[str, Any]) -> dict[str, Any]:
@@ -110,95 +180,88 @@ def _read_curve(path: Path) -> tuple[dict[str, float], ...]:
             if number == len(lines):
                 break  # the last line of a run that was stopped while writing it
             raise _damaged(path, f"line {number} is not JSON ({error})") from None
-        kept = {k: v for k, v in row.items() if k in _KEPT or k.startswith("eval/loss@")}
+        kept = {k: _short(v) for k, v in row.items() if k == "train/loss" or k.startswith("eval/loss@")}
         if kept:
-            rows.append({axis: row[axis] for axis in _AXES} | kept)
+            rows.append({axis: _short(row[axis]) for axis in _AXES} | kept)
     stride = -(-len(rows) // _TRAIN_ROWS)
     return tuple(row for i, row in enumerate(rows) if i % stride == 0 or any("eval" in name for name in row))
 
 
+def _short(value: float) -> float:
+    return float(f"{value:.7g}") if isinstance(value, float) else value
+
+
 def save(runs: Sequence[Run], folder: Path) -> None:
-    """Writes the three data files of a report into `folder`, each whole or not at all."""
+    """Writes the two data files of a report into `folder`, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    table = [{"strategy": r.strategy, "status": r.status, "result": r.result, "config": r.config} for r in runs]
+    table = [
+        {**dataclasses.asdict(r.key), "status": r.status, "result": r.result, "config": r.config, "curve": r.curve}
+        for r in runs
+    ]
     write_text(folder / "results.json", json.dumps({"runs": table}, indent=1, allow_nan=False) + "\n")
-    write_text(folder / "curves.csv", _curves_csv(runs))
-    content = _losses_npz(runs, np.float32)
+    content = _arrays_npz(runs, np.float32)
     if len(content) > LOSSES_LIMIT:
-        content = _losses_npz(runs, np.float16)
+        content = _arrays_npz(runs, np.float16)
     write_bytes(folder / "heldout_losses.npz", content)
 
 
-def _curves_csv(runs: Sequence[Run]) -> str:
-    rows = [{"strategy": run.strategy, **row} for run in runs for row in run.curve]
-    names = {name for row in rows for name in row} - {"strategy", *_AXES}
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ["strategy", *_AXES, *sorted(names)], lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: f"{v:.7g}" if isinstance(v, float) else v for k, v in row.items()})
-    return text.getvalue()
-
-
-def _losses_npz(runs: Sequence[Run], dtype: type) -> bytes:
-    """Each run's arrays under `<strategy>/`; targets that equal the first run's are kept once."""
+def _arrays_npz(runs: Sequence[Run], dtype: type) -> bytes:
+    """Each run's arrays under `<name>/`; targets that equal those of an earlier run are kept once."""
     arrays: dict[str, np.ndarray] = {}
     kept: list[Run] = []
     for run in runs:
-        if run.positions is None:
-            continue
-        arrays |= {f"{run.strategy}/loss_{c}": a.astype(dtype) for c, a in run.losses.items()}
-        if not any(same_targets(run, other) for other in kept[:1]):
-            arrays[f"{run.strategy}/document"] = run.documents
-            arrays[f"{run.strategy}/position"] = run.positions
-        kept.append(run)
+        known = next((other for other in kept if same_targets(run, other)), None)
+        for name, array in run.arrays.items():
+            if name in TARGETS and known is not None:
+                continue
+            arrays[f"{run.key.name}/{name}"] = array.astype(dtype) if name.startswith("loss_") else array
+        if known is not None:
+            arrays[f"{run.key.name}/same_targets_as"] = np.array(known.key.name)
+        elif run.arrays:
+            kept.append(run)
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)
     return content.getvalue()
 
 
+TARGETS = ("document", "position", "distance")  # arrays of the targets, not of a run's losses
+
+
 def load(folder: Path) -> list[Run]:
-    """The runs of a report's folder, from its three data files.
+    """The runs of a report's folder, from its two data files.
 
     Raises: ConfigError naming the file that is missing or damaged.
     """
-    for name in ("results.json", "curves.csv", "heldout_losses.npz"):
+    for name in ("results.json", "heldout_losses.npz"):
         if not (folder / name).exists():
             raise _damaged(folder / name, "is missing")
     table = _read_json(folder / "results.json").get("runs")
     if table is None:
         raise _damaged(folder / "results.json", "has no 'runs'")
-    with open(folder / "curves.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    arrays = _read_arrays(folder / "heldout_losses.npz")
-    targets = [name[: -len("/document")] for name in arrays if name.endswith("/document")]
+    stored: dict[str, dict[str, np.ndarray]] = {}
+    for name, array in _read_arrays(folder / "heldout_losses.npz").items():
+        run, _, what = name.partition("/")
+        stored.setdefault(run, {})[what] = array
     runs = []
     for entry in table:
-        own = entry["strategy"] + "/"
-        losses = {
-            int(name.removeprefix(own + "loss_")): array
-            for name, array in arrays.items()
-            if name.startswith(own + "loss_")
-        }
-        source = entry["strategy"] if own + "document" in arrays else next(iter(targets), "")
-        runs.append(
-            Run(
-                **entry,
-                curve=tuple(_numbers(row) for row in rows if row["strategy"] == entry["strategy"]),
-                losses=losses,
-                documents=arrays[f"{source}/document"] if losses else None,
-                positions=arrays[f"{source}/position"] if losses else None,
-            )
-        )
+        key = Key(entry["strategy"], entry["setting"], entry["seed"])
+        arrays = stored.get(key.name, {})
+        if "same_targets_as" in arrays:
+            source = stored[str(arrays.pop("same_targets_as"))]
+            arrays |= {name: source[name] for name in TARGETS if name in source}
+        if entry["status"] == FINISHED and not arrays:
+            raise _damaged(folder / "heldout_losses.npz", f"has nothing of {key.name}")
+        runs.append(Run(key, entry["status"], entry["result"], entry["config"], tuple(entry["curve"]), arrays))
     return runs
 
 
 def same_targets(a: Run, b: Run) -> bool:
     """Whether two runs were scored on the same held-out tokens of the same corpus."""
-    if a.positions is None or b.positions is None or not a.finished or not b.finished:
+    if not a.finished or not b.finished or a.result["fingerprint"] != b.result["fingerprint"]:
         return False
-    corpus = a.result["fingerprint"] == b.result["fingerprint"]
-    return corpus and np.array_equal(a.positions, b.positions) and np.array_equal(a.documents, b.documents)
+    return all(
+        np.array_equal(a.arrays[name], b.arrays[name]) for name in TARGETS if name in a.arrays or name in b.arrays
+    )
 
 
 def write_text(path: Path, text: str) -> None:
@@ -210,10 +273,6 @@ def write_bytes(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_bytes(content)
     os.replace(temporary, path)
-
-
-def _numbers(row: dict[str, str]) -> dict[str, float]:
-    return {name: float(value) for name, value in row.items() if name != "strategy" and value}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -232,4 +291,4 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def _damaged(path: Path, problem: str) -> ConfigError:
-    return ConfigError("workdir", str(path.parent), f"{path.name} {problem}; run that strategy again")
+    return ConfigError("workdir", str(path.parent), f"{path.name} {problem}; run it again")

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from research.analysis.study import Run, write_bytes
+from research.analysis.study import write_bytes
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; (colour, marker, line) of a
 # strategy.
@@ -58,20 +58,20 @@ def styles_of(strategies: Sequence[str]) -> dict[str, dict[str, Any]]:
     return styles
 
 
-def legend(figure: Figure, axes: Axes, finished: Sequence[Run], note: str) -> None:
+def legend(figure: Figure, axes: Axes, note: str, leaking: bool = False) -> None:
     """Above the panels, so that it covers no line; below them what the marks mean, or a leak."""
     handles, labels = axes.get_legend_handles_labels()
     columns = 2 if len(labels) == 4 else 3
     figure.legend(handles, labels, loc="outside upper center", ncols=columns, handlelength=3.8)
     color = "#666666"
-    if any(run.result["protocol"] == "published" for run in finished):
+    if leaking:
         note, color = "LEAKING: these losses measure memorisation.  " + note, "#B03A00"
     figure.supxlabel(note, fontsize=9, color=color)
 
 
-def name_of(run: Run) -> str:
-    """A run as legends call it: its strategy and B×T."""
-    return f"{run.strategy}  {run.result['batch_size']}×{run.result['seq_len']}"
+def name_of(arm: dict[str, Any]) -> str:
+    """An arm as legends call it: its strategy and B×T."""
+    return f"{arm['strategy']}  {arm['batch_size']}×{arm['seq_len']}"
 
 
 def save(figure: Figure, folder: Path, name: str) -> None:

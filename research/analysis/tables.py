@@ -1,210 +1,197 @@
-"""The tables of a report, in Markdown."""
+"""The main tables of a report, from the JSON values of its analysis."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from research.analysis import comparison, findings
-from research.analysis.original import (
-    CORPUS_TOKENS,
-    FIRST_TOKEN_ENTROPY,
-    LEARNING_RATE,
-    ORIGINAL,
-    STEPS,
-)
-from research.analysis.study import Run
+from research.analysis import original
+from research.analysis.decomposition import signed
+from research.analysis.page import Section, Table
 
 LEAKING = "**LEAKING**"
 
 
-def original_table(runs: Sequence[Run]) -> str:
-    """The columns of the original experiment, its rows beside ours; losses at own length."""
+def main_table(analysis: dict[str, Any]) -> Table:
+    """Every arm at every context it was trained at, with intervals."""
+    contexts = [str(c) for c in analysis["contexts"]]
+    settings = {arm["setting"] for arm in analysis["arms"]}
     rows = []
-    theirs = {row.strategy: row for row in ORIGINAL}
-    names = list(dict.fromkeys([*(run.strategy for run in runs), *theirs]))
-    ours = {run.strategy: run for run in runs}
-    for name in names:
-        if (run := ours.get(name)) is not None:
-            rows.append(_own_row(run))
-        if (row := theirs.get(name)) is not None:
-            loss = f"{row.loss:.4f} {LEAKING}, floor {row.floor:.4f}"
-            rows.append(
-                [
-                    name,
-                    "original",
-                    f"{row.batch_size} x {row.seq_len}",
-                    loss,
-                    f"{row.accuracy:.2%} {LEAKING}",
-                    f"{row.minutes:.2f} min",
-                    f"{row.tokens_per_second:,.0f}",
-                    f"{row.peak_gb:.2f} GB",
-                ]
-            )
-    header = [
-        "strategy",
-        "experiment",
-        "B x T",
-        "val loss",
-        "accuracy",
-        "time",
-        "tokens/s",
-        "peak memory",
-    ]
+    for arm in analysis["arms"]:
+        name = arm["strategy"] + (f", {arm['setting']}" if len(settings) > 1 else "")
+        cells = ["–" if arm["contexts"][c]["beyond"] else _loss(arm["contexts"][c], arm) for c in contexts]
+        rows.append((name, shape(arm), str(len(arm["seeds"])), *cells))
+    some = analysis["arms"][0]
     note = (
-        "Losses in nats a token at each strategy's own length: not the same task for each, and not "
-        f"comparable between the two experiments. The original: 79 M parameters, {STEPS:,} steps "
-        f"at learning rate {LEARNING_RATE}, windows of {CORPUS_TOKENS:,} tokens split at random, "
-        f"time with its validation; floors assume H(first) = {FIRST_TOKEN_ENTROPY:g} nats. Ours: "
-        "time is training alone; peak memory is the device's where it reports one, else that of "
-        "the compiled step."
+        f"Held-out loss in nats a token, mean ± standard deviation over seeds, of {some['targets']:,} targets in "
+        f"{some['documents']} documents. Unigram entropy: {some['unigram_entropy']:.3f}. –: longer than the strategy "
+        "was trained at (see the curves)."
     )
-    return _table(header, rows) + "\n\n" + note
+    return Table(("strategy", "B x T", "seeds", *(f"context {int(c):,}" for c in contexts)), tuple(rows), note)
 
 
-def _own_row(run: Run) -> list[str]:
-    if not run.finished:
-        return [run.strategy, "this study", run.status, *["–"] * 5]
-    result, own = run.result, run.result["eval"]["own"]
-    memory = result["memory_bytes"]
-    loss = f"{own['loss']:.4f}"
-    if leaks(run):
-        loss += f" {LEAKING}, floor {comparison.floor(run):.4f}"
-    return [
-        run.strategy,
-        "this study",
-        _shape(run),
-        loss,
-        _marked(f"{own['accuracy']:.2%}", run),
-        findings.duration(result["seconds"]["train"]),
-        f"{result['tokens_per_second']:,.0f}",
-        _gigabytes(memory.get("device_peak") or memory["compiled_step"]),
-    ]
+def _loss(entry: dict[str, Any], arm: dict[str, Any]) -> str:
+    text = f"{entry['mean']:.3f}" + (f" ± {entry['sd']:.3f}" if entry["sd"] is not None else "")
+    return f"{text} {LEAKING}" if arm["own"]["leaking"] else text
 
 
-def context_table(runs: Sequence[Run], compared: dict[str, Any]) -> str:
-    """Losses by context on the same targets, bits a byte at the longest shared one, and costs."""
-    contexts, shared = compared["contexts"], compared["shared_contexts"][-1:]
-    header = ["strategy", "B x T", "own length", *(f"context {c:,}" for c in contexts)]
-    header += [f"bits/byte at {c:,}" for c in shared]
-    header += ["train time", "tokens/s", "compiled step", "process peak"]
-    rows = []
-    for run in runs:
-        if not run.finished:
-            rows.append([run.strategy, run.status, *["–"] * (len(header) - 2)])
-            continue
-        result, memory = run.result, run.result["memory_bytes"]
-        cells = [f"{result['eval']['own']['loss']:.4f}", *(_context_cell(run, c) for c in contexts)]
-        cells += [_number(result["eval"]["contexts"][str(c)]["bits_per_byte"]) for c in shared]
-        rows.append(
-            [
-                run.strategy,
-                _shape(run),
-                *(_marked(cell, run) for cell in cells),
-                findings.duration(result["seconds"]["train"]),
-                f"{result['tokens_per_second']:,.0f}",
-                _gigabytes(memory["compiled_step"]),
-                _gigabytes(memory["process_peak"]),
-            ]
-        )
-    entropies = sorted({f"{run.result['unigram_entropy']:.4f}" for run in runs if run.finished})
-    note = f"Losses in nats a token; unigram entropy of the held-out text: {', '.join(entropies)}."
-    if any("†" in cell for row in rows for cell in row):
-        note += " † longer than the strategy was trained at."
-    if any("–" in row for row in rows):
-        note += " –: not scored; a context is scored where its windows fit in the trained length."
-    return _table(header, rows) + "\n\n" + note
-
-
-def _context_cell(run: Run, context: int) -> str:
-    beyond = not comparison.within_length(context, run)
-    loss = comparison.loss_at(run, context)
-    return _number(loss) + ("†" if beyond and loss is not None else "")
-
-
-def difference_table(compared: dict[str, Any]) -> str:
-    """Every pair at every context that both were scored at, and what the intervals cover."""
-    if not compared["differences"]:
-        return "No two finished runs were scored on the same held-out targets: nothing is compared."
-    rows = [
-        [
+def differences(analysis: dict[str, Any]) -> Section:
+    """Every pair at its longest context, what its interval covers, and how many seeds would tell."""
+    if not analysis["differences"]:
+        return Section("Differences", "No two strategies were scored on the same targets: nothing is compared.")
+    rows = tuple(
+        (
+            d["setting"],
             f"{d['context']:,}",
             f"{d['a']} - {d['b']}",
-            _interval(d),
-            findings.verdict(d),
-            f"{d['documents']:,}",
-        ]
-        for d in compared["differences"]
-    ]
-    header = ["context", "difference", "nats a token [95 %]", "lower loss", "documents"]
-    note = (
-        "Paired bootstrap over held-out documents, weighted by tokens. There is one run of each "
-        "strategy: an interval covers the choice of held-out documents, not the seed, and is not "
-        "corrected for the number of comparisons. Repeat with other `config.seed` before believing "
-        "a small difference."
+            signed(d),
+            "–" if d["p_holm"] is None else f"{d['p_holm']:.3g}",
+            verdict(d),
+        )
+        for d in analysis["differences"]
     )
-    for a, b in compared["not_compared"]:
-        note += f" {a} and {b} are not compared: their held-out targets differ."
-    return _table(header, rows) + "\n\n" + note
-
-
-def longer_context_table(compared: dict[str, Any]) -> str:
-    if not compared["longer_context"]:
-        return "No strategy was scored at two contexts within its own length."
-    rows = [
-        [
-            d["strategy"],
-            f"{d['from']:,} to {d['to']:,}",
-            _interval(d),
-            ("yes" if d["mean"] < 0 else "no, it hurts") if d["shown"] else findings.verdict(d),
-        ]
-        for d in compared["longer_context"]
-    ]
-    note = "Loss at the longest context within the strategy's length minus loss at the shortest shared one."
-    header = ["strategy", "context", "change, nats a token [95 %]", "helps"]
-    return _table(header, rows) + "\n\n" + note
-
-
-def equal_seconds_table(compared: dict[str, Any]) -> str:
-    equal = compared["equal_seconds"]
-    if equal["at"] is None or not equal["losses"]:
-        return "The runs share no evaluation on the same targets: nothing is compared."
-    names = list(next(iter(equal["losses"].values())))
-    rows = [
-        [f"{int(context):,}", *(_number(losses[name]) for name in names)] for context, losses in equal["losses"].items()
-    ]
+    some = analysis["differences"][0]
     note = (
-        f"Held-out loss after {findings.duration(equal['at'])} of training, where the fastest run "
-        "ends. Read off the evaluations by linear interpolation, without an interval."
+        "At the longest context that all share, and at the longest of the pair. Nats a token [95 %: seeds and held-out "
+        "documents resampled in pairs, each interval by itself]; p after Holm's correction over the "
+        f"{len(rows)} comparisons of this table. {some['seeds']} seeds, {some['documents']} documents."
     )
-    return _table(["context", *names], rows) + "\n\n" + note
+    tables = [Table(("order", "context", "difference", "nats a token [95 %]", "p (Holm)", "lower loss"), rows, note)]
+    if analysis["power"]:
+        tables.append(_power(analysis["power"]))
+    return Section("Differences", "", tuple(tables))
 
 
-def leaks(run: Run) -> bool:
-    """Whether a run's losses measure memorisation."""
-    return run.result["protocol"] == "published"
+def verdict(difference: dict[str, Any]) -> str:
+    """The strategy with the lower loss, or that no difference is shown."""
+    if not difference["shown"]:
+        alone = difference["low"] is not None and difference["low"] * difference["high"] > 0
+        return "not shown after Holm's correction" if alone else "no difference shown"
+    return difference["a"] if difference["mean"] < 0 else difference["b"]
 
 
-def _marked(cell: str, run: Run) -> str:
-    return f"{cell} {LEAKING}" if leaks(run) and cell != "–" else cell
+def _power(power: Sequence[dict[str, Any]]) -> Table:
+    deltas = list(power[0]["seeds"])
+    rows = tuple(
+        (p["setting"], f"{p['a']} - {p['b']}", f"{p['sd']:.4f}", *(f"{p['seeds'][d]:,}" for d in deltas)) for p in power
+    )
+    note = (
+        f"At context {power[0]['context']}. Seeds that a paired t test needs to find a difference of so many nats a "
+        "token with 80 % power at the 5 % level, from the spread over seeds of the paired difference seen here."
+    )
+    columns = ("order", "difference", "sd over seeds", *(f"seeds for {d} nats" for d in deltas))
+    return Table(columns, rows, note)
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
+def context_section(analysis: dict[str, Any]) -> Section:
+    """What each arm gains from context, where it ends, and learning inside a window."""
+    rows = []
+    for entry in analysis["context"]:
+        gain = entry["gains"][-1] if entry["gains"] else None
+        effective = entry["effective"]
+        rows.append(
+            (
+                f"{entry['strategy']}, {entry['setting']}",
+                "–" if gain is None else f"{signed(gain)} ({gain['from']:,} to {gain['to']:,})",
+                "–" if entry["slope"] is None else signed(entry["slope"]),
+                "–" if effective is None else _effective(effective),
+                "; ".join(f"{signed(icl)} ({icl['late']} - {icl['early']})" for icl in entry["icl"]) or "–",
+            )
+        )
+    note = (
+        "Nats a token [95 %]. Gain: loss at the shortest context less loss at the longest within the trained length. "
+        "Effective context: the shortest from which no longer one gains more than 0.01; ≥: the loss still falls at the "
+        "longest. In-context learning: loss around a late place of a window less that around an early one (± 8 "
+        "places; below zero: it learns inside the window); windows cross documents."
+    )
+    columns = ("strategy, order", "gain from context", "gain a doubling", "effective context", "in-context learning")
+    return Section("What context is worth", "", (Table(columns, tuple(rows), note),))
 
 
-def _shape(run: Run) -> str:
-    return f"{run.result['batch_size']} x {run.result['seq_len']}"
+def _effective(found: dict[str, Any]) -> str:
+    ends = "" if found["low"] is None else f" [{found['low']:,.0f}, {found['high']:,.0f}]"
+    return f"{'≥ ' if found['censored'] else ''}{found['mean']:,.0f}{ends}"
 
 
-def _interval(difference: dict[str, Any]) -> str:
-    if difference["low"] is None:
-        return f"{difference['mean']:+.4f} [too few documents]"
-    return f"{difference['mean']:+.4f} [{difference['low']:+.4f}, {difference['high']:+.4f}]"
+def costs(analysis: dict[str, Any]) -> Section:
+    """What a step of each strategy costs."""
+    rows = tuple(
+        (
+            arm["strategy"],
+            shape(arm),
+            f"{arm['step_seconds']:.3g} s ({arm['step_spread'][0]:.3g} to {arm['step_spread'][1]:.3g})",
+            f"{arm['tokens_per_second']:,.0f}",
+            f"{arm['flops'] / arm['tokens'] / 1e6:.1f}",
+            gigabytes(arm["memory_bytes"].get("compiled_step")),
+            gigabytes(arm["memory_bytes"].get("process_peak")),
+            gigabytes(arm["memory_bytes"].get("device_peak")),
+        )
+        for arm in analysis["arms"]
+        if arm["setting"] == analysis["arms"][0]["setting"]
+    )
+    columns = (
+        "strategy", "B x T", "step (p10 to p90)", "tokens/s", "MFLOP a token",
+        "compiled step", "process peak", "device peak",
+    )  # fmt: skip
+    note = (
+        "Of the least disturbed run of each strategy. FLOPs: 6 a active parameter and causal attention, analytic. "
+        "Memory: the compiled training step (arguments, outputs, temporaries); the most the process held, with "
+        "compilation; the device's allocator where it reports one."
+    )
+    return Section("What a step costs", "", (Table(columns, rows, note),))
 
 
-def _gigabytes(count: float | None) -> str:
+def original_section(analysis: dict[str, Any]) -> Section:
+    """The columns of the original experiment, its rows beside ours; losses at own length, floors beside what leaks."""
+    rows = []
+    ours = {arm["strategy"]: arm for arm in reversed(analysis["arms"])}
+    theirs = {row.strategy: row for row in original.ORIGINAL}
+    for name in dict.fromkeys([*(arm["strategy"] for arm in analysis["arms"]), *theirs]):
+        if arm := ours.get(name):
+            rows.append(_own_row(arm))
+        if row := theirs.get(name):
+            memory = f"{row.peak_gb:.2f} GB"
+            costs_ = (f"{row.minutes:.2f} min", f"{row.tokens_per_second:,.0f}", memory)
+            loss = f"{row.loss:.4f} {LEAKING}"
+            accuracy = f"{row.accuracy:.2%} {LEAKING}"
+            shape_ = f"{row.batch_size} x {row.seq_len}"
+            rows.append((name, "original", shape_, loss, f"{row.floor:.4f}", accuracy, *costs_))
+    columns = ("strategy", "experiment", "B x T", "val loss", "floor", "accuracy", "time", "tokens/s", "peak memory")
+    note = (
+        "Losses in nats a token at each strategy's own length: not the same task for each, and not comparable between "
+        "the two experiments. The floor under a loss that leaks is (ln N - H(first token)) / T, with N windows: what "
+        "is left for a model that has memorised them all (for the original, H is assumed to be "
+        f"{original.FIRST_TOKEN_ENTROPY:g} nats). The original: 79 M parameters, {original.STEPS:,} steps at learning "
+        f"rate {original.LEARNING_RATE}, windows of {original.CORPUS_TOKENS:,} tokens split at random, time with its "
+        "validation. Ours: time of training alone."
+    )
+    return Section("The original's table, and ours", "", (Table(columns, tuple(rows), note),))
+
+
+def _own_row(arm: dict[str, Any]) -> tuple[str, ...]:
+    own, memory = arm["own"], arm["memory_bytes"]
+    mark = f" {LEAKING}" if own["leaking"] else ""
+    return (
+        arm["strategy"],
+        "this study",
+        shape(arm),
+        f"{own['mean']:.4f}{mark}",
+        f"{own['floor']:.4f}" if own["leaking"] else "–",
+        f"{own['accuracy']:.2%}{mark}",
+        duration(arm["steps"] * arm["step_seconds"]),
+        f"{arm['tokens_per_second']:,.0f}",
+        gigabytes(memory.get("device_peak") or memory.get("compiled_step")),
+    )
+
+
+def shape(arm: dict[str, Any]) -> str:
+    return f"{arm['batch_size']} x {arm['seq_len']}"
+
+
+def gigabytes(count: float | None) -> str:
     return "–" if count is None else f"{count / 1e9:.2f} GB"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows]]
-    return "\n".join(lines)
+def duration(seconds: float) -> str:
+    """Seconds as a reader says them."""
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,215 @@
+"""From the original's protocol to a fair comparison, one confound at a time: where does the ranking change?
+
+    python -m experiments.waterfall --scale=cpu --workdir=runs/waterfall
+    python -m experiments.waterfall --smoke --workdir=runs/waterfall-smoke
+    python -m experiments.waterfall --scale=published --workdir=runs/waterfall-gpu \
+        --config.data.source=jsonl --config.data.path=books.jsonl.gz --config.data.tokenizer=bpe
+    python -m experiments.waterfall --report_only --workdir=runs/waterfall
+
+Every --config.field=value goes to every run, but for the fields that the stages set. config.seed is the seed of the
+stages that have one, and chooses the learning rates; --seeds are those of the last. A run that two stages share is
+made once. The same command goes on where it was stopped.
+Exit codes: 0, all finished; 2, a mistake in the config, nothing run; else that of the first run that failed, or 1.
+"""
+
+import argparse
+import json
+import math
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from configs.waterfall import SCALES, STRATEGIES
+from experiments import waterfall_plan as plans
+from experiments.ablation import Interrupted, run_child
+from experiments.flags import load_config
+from experiments.waterfall_plan import STAGES, Losses, Plan, Run
+from research.analysis import waterfall, waterfall_report
+from research.config import ConfigError
+
+TRAIN = (sys.executable, "-m", "experiments.train")
+CHECK = (sys.executable, "-m", "experiments.waterfall", "--check_only")
+STATE = "waterfall.json"  # what the study is, and how each run ended
+
+
+def main(argv: Sequence[str] | None = None, train: Sequence[str] = TRAIN, check: Sequence[str] = CHECK) -> int:
+    """The exit code. `train` and `check` are the commands of the child processes; tests give others."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        arguments, given = parse(argv)
+        if arguments.report_only:
+            return report_only(arguments.workdir)
+        scale = "smoke" if arguments.smoke else arguments.scale
+        plan = plans.make_plan(arguments.workdir, scale, given, arguments.seeds, arguments.until)
+        if arguments.dry_run:
+            print("\n".join(plans.describe(plan, train)))
+            return 0
+        if arguments.check_only:
+            return check_all(plan)
+        refuse_another(plan)
+        # In a child, so that this process holds no accelerator while the runs need it.
+        if code := run_child([*check, *argv]):
+            return code
+        claim(plan)
+        for number in range(len(plan.stages)):
+            run_stage(plan, number, train)
+        return write_report(plan)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.code
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+    """The arguments, and the overrides {field: value} of `--config.field=value`. Raises: ConfigError on another."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.waterfall",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--scale", default="cpu", help=f"one of {', '.join(SCALES)}; default cpu")
+    parser.add_argument("--smoke", action="store_true", help="the same as --scale=smoke")
+    parser.add_argument("--workdir", type=Path, required=True, help="each run gets a folder in it")
+    parser.add_argument("--seeds", help="of the last stage, divided by commas")
+    parser.add_argument("--until", type=int, default=len(STAGES) - 1, help="the last stage to run")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--dry_run", action="store_true", help="print the runs, run nothing")
+    mode.add_argument("--check_only", action="store_true", help="check the configs, run nothing")
+    mode.add_argument("--report_only", action="store_true", help="make the report again, run nothing")
+    arguments, rest = parser.parse_known_args(argv)
+    given = {}
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if not name.startswith("--config.") or not equals:
+            raise ConfigError("argument", argument, "unknown; write overrides as --config.field=value")
+        given[name.removeprefix("--config.")] = value
+    return arguments, given
+
+
+def check_all(plan: Plan) -> int:
+    """What a run of each condition would stop at, before the first one starts. Raises: ConfigError."""
+    from research import train  # in this child alone JAX starts
+
+    for condition in dict.fromkeys(stage.condition for stage in plan.stages):
+        for strategy in STRATEGIES:
+            run = plans.make_run(plan, strategy, condition, plan.rate, plan.tuning_seed)
+            train.prepare(load_config(plans.config_name(plan, run), plans.config_flags(plan, run)))
+    return 0
+
+
+def refuse_another(plan: Plan) -> None:
+    """Raises: ConfigError where the folder holds a study of other runs."""
+    known = read_state(plan.workdir)
+    if any(known.get(name, value) != value for name, value in _identity(plan).items()):
+        message = "holds a waterfall of another scale or config; choose another folder"
+        raise ConfigError("--workdir", str(plan.workdir), message)
+
+
+def claim(plan: Plan) -> None:
+    """Keeps what the study is, for the commands that go on with it."""
+    more = {"rate": plan.rate, "tuning_seed": plan.tuning_seed, "seeds": list(plan.seeds), "until": plan.until}
+    write_state(plan.workdir, read_state(plan.workdir) | _identity(plan) | more)
+
+
+def _identity(plan: Plan) -> dict[str, Any]:
+    return {"scale": plan.scale, "overrides": dict(sorted(plan.overrides.items()))}
+
+
+def read_state(workdir: Path) -> dict[str, Any]:
+    path = workdir / STATE
+    return json.loads(path.read_text()) if path.exists() else {"exit_codes": {}, "seconds": {}}
+
+
+def write_state(workdir: Path, state: Mapping[str, Any]) -> None:
+    workdir.mkdir(parents=True, exist_ok=True)
+    waterfall.write_json(workdir / STATE, state)
+
+
+def losses_of(plan: Plan) -> Losses:
+    """The loss that a run is ranked by, read from its folder."""
+    shortest = min(length for _, length in plan.shapes.equal_shapes)
+
+    def loss(run: Run) -> float | None:
+        if read_state(plan.workdir)["exit_codes"].get(run.name) == waterfall.DIVERGED_CODE:
+            return math.inf
+        result = waterfall.read_result(plan.workdir / run.name)
+        return None if result is None else waterfall.shared_loss(result, shortest)
+
+    return loss
+
+
+def run_stage(plan: Plan, number: int, train: Sequence[str]) -> None:
+    """Makes the runs of a stage that are not there. Raises: Interrupted when a signal stopped one."""
+    stage, losses = plan.stages[number], losses_of(plan)
+    for strategy in STRATEGIES:
+        if number == plans.BEST:
+            runs = plans.grid(plan, strategy, losses)
+        else:
+            runs = plans.stage_runs(plan, stage, strategy, losses)
+        for run in runs:
+            ensure(plan, run, number, train)
+
+
+def ensure(plan: Plan, run: Run, number: int, train: Sequence[str]) -> None:
+    """Makes a run, or leaves one that has finished or diverged; one that fails does not stop the next."""
+    folder, state = plan.workdir / run.name, read_state(plan.workdir)
+    if (folder / "result.json").exists() or state["exit_codes"].get(run.name) == waterfall.DIVERGED_CODE:
+        return
+    line = plans.command(plan, run, train)
+    print(f"stage {number}, {STAGES[number].name}: {run.name}", flush=True)
+    began = time.monotonic()
+    try:
+        code = run_child(line)
+    except Interrupted as stopped:
+        _record(plan, state, run, stopped.code, time.monotonic() - began)
+        raise
+    _record(plan, state, run, code, time.monotonic() - began)
+    if code:
+        print(f"{run.name} failed: exit code {code}: {shlex.join(line)}", file=sys.stderr, flush=True)
+    else:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # no one goes on with a finished run
+
+
+def _record(plan: Plan, state: dict[str, Any], run: Run, code: int, seconds: float) -> None:
+    """Keeps how a run ended, and how long its processes took, starts and compilation included."""
+    state["exit_codes"][run.name] = code
+    state["seconds"][run.name] = round(state["seconds"].get(run.name, 0) + seconds, 1)
+    write_state(plan.workdir, state)
+
+
+def write_report(plan: Plan) -> int:
+    """Gathers the runs into `<workdir>/report/` and writes the report there; the exit code that they call for."""
+    described = plans.study(plan, losses_of(plan))
+    waterfall.gather(plan.workdir, described, read_state(plan.workdir), plan.workdir / "report")
+    return _conclude(plan.workdir / "report")
+
+
+def report_only(workdir: Path) -> int:
+    """Makes the report again from a study's folder, or from results.json and heldout_losses.npz of its report."""
+    if (workdir / "results.json").exists():
+        return _conclude(workdir)
+    state = read_state(workdir)
+    if "scale" not in state:
+        raise ConfigError("--workdir", str(workdir), f"holds no waterfall: neither {STATE} nor results.json")
+    names = ("overrides", "rate", "tuning_seed", "seeds", "until")
+    return write_report(Plan(state["scale"], workdir, *(state[name] for name in names)))
+
+
+def _conclude(folder: Path) -> int:
+    results = waterfall.write(folder)
+    print(f"\n{waterfall_report.summary(results['analysis']['waterfall'])}\n\n{folder / 'report.md'}")
+    left = [run for run in results["runs"] if run["status"] not in (waterfall.FINISHED, waterfall.DIVERGED)]
+    for run in left:
+        print(f"{run['name']} {run['status']}", file=sys.stderr)
+    return next((run["exit_code"] for run in left if run["exit_code"]), int(bool(left)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

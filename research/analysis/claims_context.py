@@ -1,0 +1,220 @@
+"""Rules for what is claimed of long rows: what they teach, what that is worth, and what a loss does not say.
+
+On text, long rows have to lower the loss of the same targets by the context that short ones do not have; on the recall
+task (claims_recall.py), to find what lies further back than short rows reach.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from research.analysis import claims_cost, claims_recall, evidence
+from research.analysis.context import TOLERANCE
+from research.analysis.evidence import CONDITIONS, FAILS, HOLDS, UNTESTED, Analysis, Judged, arms, listed
+
+
+def long_range(analysis: Analysis) -> Judged:
+    """The longest rows recall beyond the shortest ones' length, and predict text better with more context than that."""
+    if missing := evidence.blocked(analysis):
+        return UNTESTED, missing
+    recalled, recall_text = claims_recall.further(analysis)
+    gained, gain_text = _gains_beyond(analysis)
+    verdict = evidence.judge([recalled, gained])
+    if verdict == HOLDS and None in (recalled, gained):
+        return CONDITIONS, f"{recall_text} {gain_text} One of the two measures alone shows it."
+    return verdict, f"{recall_text} {gain_text}"
+
+
+def _gains_beyond(analysis: Analysis) -> tuple[bool | None, str]:
+    """Whether the longest rows gain on text from more context than every strategy has.
+
+    False only where the interval says that it cannot be as much as the tolerance of the effective context.
+    """
+    name = list(arms(analysis))[-1]
+    gains = (analysis.get("reach") or {}).get("gains", ())
+    gain = next((g for g in gains if g["strategy"] == name and g["setting"] == "independent"), None)
+    if gain is None:
+        return None, f"{name} was scored at no context longer than those that all share."
+    change = evidence.turned(gain | {"a": "", "b": ""})
+    text = (
+        f"On text, {gain['to']:,} tokens of context instead of {gain['from']:,} change the loss of {name} by "
+        f"{evidence.said(change)} nats a token{_effective(analysis, name)}."
+    )
+    if gain["low"] is None:
+        return None, text
+    if gain["low"] > 0:
+        return True, text
+    if little := evidence.little_context(analysis):
+        return None, f"{text} {little}"
+    if gain["high"] < TOLERANCE:
+        return False, f"{text} That is no gain of {TOLERANCE}."
+    return None, f"{text} That is undecided."
+
+
+def _effective(analysis: Analysis, name: str) -> str:
+    effective = (_curves(analysis).get(name) or {}).get("effective")
+    if not effective or effective["mean"] is None:
+        return ""
+    around = "" if effective["low"] is None else f" [{effective['low']:,.0f}, {effective['high']:,.0f}]"
+    return f" (effective context {'at least ' * bool(effective['censored'])}{effective['mean']:,.0f}{around})"
+
+
+def _curves(analysis: Analysis) -> dict[str, dict[str, Any]]:
+    return {e["strategy"]: e for e in analysis.get("context") or [] if e["setting"] == "independent"}
+
+
+def understands_context(analysis: Analysis) -> Judged:
+    """Each strategy at the longest context that it was trained at: the longest rows below every other."""
+    if missing := evidence.blocked(analysis):
+        return UNTESTED, missing
+    answers = {setting: _at_full_reach(analysis, setting) for setting in ("independent", "paired")}
+    texts = [f"In {setting} order, {text}." for setting, (_, text) in answers.items() if text]
+    if not texts:
+        return UNTESTED, "No strategy was compared at a context beyond the shared ones."
+    main = answers["independent"][0]
+    verdict = evidence.judge([answer for answer, _ in answers.values()])
+    if main is None and verdict != CONDITIONS:
+        verdict = CONDITIONS if verdict == HOLDS else UNTESTED
+    text = f"Each with all the context it was trained at, in nats a token. {' '.join(texts)}"
+    if verdict != HOLDS and (little := evidence.little_context(analysis)):
+        return UNTESTED, f"{text} {little}"
+    return verdict, text + (" Undecided: more seeds or tokens would tell." if verdict == UNTESTED else "")
+
+
+def _at_full_reach(analysis: Analysis, setting: str) -> tuple[bool | None, str]:
+    """The longest rows against each other strategy, each at its own longest context, on the same targets."""
+    known = list(arms(analysis, setting))
+    pairs = [p for p in (analysis.get("reach") or {}).get("pairs", ()) if p["setting"] == setting]
+    entries = [p for p in pairs if known and known[-1] in (p["a"], p["b"])]
+    if not entries:
+        return None, ""
+    gaps = [p if p["a"] == known[-1] else _turned(p) for p in entries]
+    parts = (f"{p['a']} at {p['context_a']:,} minus {p['b']} at {p['context_b']:,} {evidence.said(p)}" for p in gaps)
+    return evidence.extreme(gaps, -1), "; ".join(parts)
+
+
+def _turned(pair: Mapping[str, Any]) -> dict[str, Any]:
+    return evidence.turned(pair) | {"context_a": pair["context_b"], "context_b": pair["context_a"]}
+
+
+def whole_story(analysis: Analysis) -> Judged:
+    """The strategy with the lowest validation loss is not the one that recalls most, or that uses most context."""
+    if missing := evidence.blocked(analysis):
+        return UNTESTED, missing
+    winner = _winner(analysis)
+    if winner is None:
+        return UNTESTED, "No strategy is shown to have the lowest loss, so there is no ranking to set others beside."
+    name, text = winner
+    others = _other_winners(analysis)
+    text += "".join(f" {measure}: {listed(best)}." for measure, best in others.items())
+    if any(name not in best for best in others.values()):
+        return HOLDS, text
+    if not claims_recall.entries(analysis):
+        return UNTESTED, f"{text} {claims_recall.NOT_RUN}"
+    if not others:
+        return UNTESTED, f"{text} In recall and in the use of context none is shown to lead."
+    return FAILS, f"{text} {name} leads in every measure that decides."
+
+
+def _winner(analysis: Analysis) -> tuple[str, str] | None:
+    context = evidence.shared_context(analysis)
+    for name in arms(analysis):
+        gaps = [evidence.gap(analysis, name, other, context) for other in arms(analysis) if other != name]
+        if evidence.extreme(gaps, -1):
+            return name, f"Lowest loss at context {context}: {name} ({evidence.against(gaps)})."
+    return None
+
+
+def _other_winners(analysis: Analysis) -> dict[str, list[str]]:
+    """Measure -> the strategies that lead in it, ties together; no measure in which all tie."""
+    found = {}
+    if leads := _most_context(analysis):
+        found["Longest effective context on text"] = leads
+    recall = [entry for entry in claims_recall.entries(analysis) if claims_recall.learnt(entry)]
+    if len(recall) > 1:
+        far = max(b["from"] for b in recall[0]["raw"])
+        shares = {e["strategy"]: b for e in recall for b in e["raw"] if b["from"] == far}
+        best = max(shares.values(), key=lambda b: b["mean"])
+        leads = [name for name, b in shares.items() if b["high"] >= best["low"]]
+        if len(leads) < len(shares) and best["low"] > recall[0]["chance"]:
+            found[f"Most recalled at distances of {claims_recall.distances(best)} ({claims_recall.share(best)})"] = (
+                leads
+            )
+    return found
+
+
+def _most_context(analysis: Analysis) -> list[str]:
+    """By effective contexts: the longest, and those whose intervals overlap its own; none where all do."""
+    effective = {name: e["effective"] for name, e in _curves(analysis).items() if e["effective"]}
+    known = {name: e for name, e in effective.items() if e["low"] is not None}
+    if len(known) < 2:
+        return []
+    longest = max(known.values(), key=lambda e: e["mean"])
+    leads = [name for name, e in known.items() if e["high"] >= longest["low"]]
+    return leads if len(leads) < len(known) else []
+
+
+def worth_it(analysis: Analysis) -> Judged:
+    """The longest rows recall further, and predict better with all their context, though their loss is higher."""
+    if missing := evidence.blocked(analysis):
+        return UNTESTED, missing
+    recalled, recall_text = claims_recall.further(analysis)
+    reached, reach_text = _at_full_reach(analysis, "independent")
+    known, context = list(arms(analysis)), evidence.shared_context(analysis)
+    gaps = [evidence.gap(analysis, known[-1], other, context) for other in known[:-1]]
+    text = f"{recall_text} On text, each with all its context, in nats a token: {reach_text or 'not compared'}. "
+    text += f"The price at context {context}: {evidence.against(gaps)}. No application was tried."
+    if reached is False and (little := evidence.little_context(analysis)):
+        reached, text = None, f"{text} {little}"
+    if recalled is None and reached is not True:
+        return UNTESTED, text
+    verdict = evidence.judge([recalled, reached])
+    return (CONDITIONS if verdict == HOLDS and None in (recalled, reached) else verdict), text
+
+
+def promise(analysis: Analysis) -> Judged:
+    """Not the lowest loss at the contexts that all share, but ahead where there is more context."""
+    if missing := evidence.blocked(analysis, "long_seq"):
+        return UNTESTED, missing
+    context = evidence.shared_context(analysis)
+    gaps = [evidence.gap(analysis, "long_seq", other, context) for other in arms(analysis) if other != "long_seq"]
+    won = evidence.extreme(gaps, -1)
+    recalled, recall_text = claims_recall.further(analysis)
+    gained, gain_text = _gains_beyond(analysis)
+    text = f"At context {context}, in nats a token: {evidence.against(gaps)}. {recall_text} {gain_text}"
+    if won is None:
+        return UNTESTED, text
+    if won:
+        return FAILS, f"{text} It wins on the short contexts too."
+    promised = evidence.either([recalled, gained])
+    if promised:
+        return HOLDS, text
+    return CONDITIONS, f"{text} It does not win; the promise {'is not seen' if promised is False else 'is undecided'}."
+
+
+def context_for_speed(analysis: Analysis) -> Judged:
+    """Longer rows cost time, and give something for it on text or in recall."""
+    if missing := evidence.blocked(analysis):
+        return UNTESTED, missing
+    recalled, recall_text = claims_recall.further(analysis)
+    gained, gain_text = _gains_beyond(analysis)
+    given, slower = evidence.either([recalled, gained]), claims_cost.slowdown(analysis)
+    text = f"The longest rows take {slower:.2f} times the time a token of the shortest. {recall_text} {gain_text}"
+    if slower <= 1 + evidence.SAME:
+        return FAILS, text
+    if given is None:
+        return UNTESTED, f"{text} What they give for it is undecided."
+    return (HOLDS if given else CONDITIONS), text + ("" if given else " The price is paid; what it buys is not seen.")
+
+
+def in_practice(analysis: Analysis) -> Judged:
+    """A habit of others, which a study of its own cannot confirm."""
+    lengths = [f"{arm['seq_len']:,}" for arm in arms(analysis).values()]
+    text = f"Rows of {listed(lengths)} tokens were trained from scratch, none extended later." if lengths else ""
+    effective = {name: e["effective"] for name, e in _curves(analysis).items() if e["effective"]}
+    if effective and not evidence.leak(analysis):
+        each = ", ".join(f"{name} {e['mean']:,.0f}" for name, e in effective.items())
+        text += f" Effective contexts on text: {each} tokens."
+    return (
+        UNTESTED,
+        text + " Training checkpoints on at other lengths, against those lengths from the start, would tell.",
+    )

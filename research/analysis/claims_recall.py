@@ -1,0 +1,94 @@
+"""Rules over the recall task: accuracy at distances (tokens from a pair to its query) beyond the shortest rows."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from research.analysis import evidence
+from research.analysis.evidence import CONDITIONS, FAILS, HOLDS, UNTESTED, Analysis, Judged, arms
+
+NOT_RUN = "The recall task was not run: it would show accuracy against distance."
+Entry = Mapping[str, Any]
+
+
+def entries(analysis: Analysis) -> list[Entry]:
+    """Strategies of the recall task, shortest rows first."""
+    return sorted(analysis.get("recall") or [], key=lambda entry: entry["seq_len"])
+
+
+def learnt(entry: Entry) -> bool:
+    """Whether a strategy recalls at all: above chance, at twice it or more, at some distance within its length."""
+    near = [b for b in entry["raw"] if b["from"] < entry["seq_len"]]
+    return any(b["low"] > entry["chance"] and b["mean"] >= 2 * entry["chance"] for b in near)
+
+
+def further(analysis: Analysis) -> tuple[bool | None, str]:
+    """Whether the longest rows recall at distances beyond the shortest rows, where those do less.
+
+    True where at one of these distances Wilson's intervals lie apart, the longer above chance; False where at none the
+    longer is above both chance and the shorter.
+    """
+    found = entries(analysis)
+    if len(found) < 2:
+        return None, NOT_RUN
+    short, long = found[0], found[-1]
+    theirs = {b["from"]: b for b in short["raw"]}
+    far = [(theirs[b["from"]], b) for b in long["raw"] if b["from"] in theirs and b["from"] >= short["seq_len"]]
+    if not far:
+        return None, f"The recall task has no distance beyond the {short['seq_len']:,} tokens of {short['strategy']}."
+    if not learnt(long):
+        return None, f"{long['strategy']} has not learnt the recall task at any distance: more training would tell."
+    better = [b["low"] > a["high"] and b["low"] > long["chance"] for a, b in far]
+    no_better = [b["mean"] <= a["mean"] or b["low"] <= long["chance"] for a, b in far]
+    each = (f"{distances(b)}: {long['strategy']} {share(b)}, {short['strategy']} {share(a)}" for a, b in far)
+    text = f"Recall beyond {short['seq_len']:,} tokens (chance {long['chance']:.1%}): {'; '.join(each)}."
+    return (True if any(better) else False if all(no_better) else None), text
+
+
+def distances(b: Entry) -> str:
+    return f"{b['from']:,} to {b['to']:,}"
+
+
+def share(b: Entry) -> str:
+    return f"{b['mean']:.1%} [{b['low']:.1%}, {b['high']:.1%}]"
+
+
+def short_cannot(analysis: Analysis) -> Judged:
+    """The shortest rows are at chance at every distance beyond them, though they recall within."""
+    if missing := evidence.blocked(analysis):
+        return UNTESTED, missing
+    text = _beyond_on_text(analysis)
+    found = entries(analysis)
+    if not found:
+        return UNTESTED, f"{NOT_RUN} {text}"
+    short = found[0]
+    near = [b for b in short["raw"] if b["from"] < short["seq_len"]]
+    far = [b for b in short["raw"] if b["from"] >= short["seq_len"]]
+    if not far:
+        return UNTESTED, f"The recall task has no distance beyond the rows of {short['strategy']}. {text}"
+    if not learnt(short):
+        return (
+            UNTESTED,
+            f"{short['strategy']} has not learnt the recall task within its rows: more training would tell. {text}",
+        )
+    above = [b["low"] > short["chance"] for b in far]
+    best = max(near, key=lambda b: b["mean"])
+    beyond = "; ".join(f"{distances(b)}: {share(b)}" for b in far)
+    said = (
+        f"{short['strategy']} recalls {share(best)} at distances of {distances(best)} tokens, and beyond the "
+        f"{short['seq_len']:,} of its rows {beyond} (chance {short['chance']:.1%}). {text}"
+    )
+    return (FAILS if all(above) else CONDITIONS if any(above) else HOLDS), said
+
+
+def _beyond_on_text(analysis: Analysis) -> str:
+    """What the raw model of the shortest rows loses at contexts that it was not trained at."""
+    name, arm = next(iter(arms(analysis).items()))
+    curve = {int(c): entry for c, entry in arm["contexts"].items()}
+    within, beyond = ([c for c, entry in curve.items() if entry["beyond"] is side] for side in (False, True))
+    if not within or not beyond:
+        return ""
+    last, far = max(within), max(beyond)
+    return (
+        f"On text the loss of {name} is {curve[last]['mean']:.3f} nats a token at context {last:,}, the longest it was "
+        f"trained at, and {curve[far]['mean']:.3f} at {far:,} (raw model; a window that slides keeps the first)."
+    )

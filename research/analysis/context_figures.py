@@ -1,0 +1,139 @@
+"""Figures of what contexts do, from the JSON values of an analysis: curves, places, and lengths against contexts."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from research.analysis.style import INK, legend, name_of
+
+Styles = Mapping[str, dict[str, Any]]
+
+
+def curves_figure(analysis: dict[str, Any], styles: Styles) -> Figure:
+    """Loss on the same targets by context, and its paired difference from the longest strategy's at each context.
+
+    Dotted and hollow: the raw model beyond its trained length. Thin and flat: a window that slides.
+    """
+    figure = Figure(figsize=(9.6, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    arms = [arm for arm in analysis["arms"] if arm["setting"] == "independent"]
+    entries = [entry for entry in analysis["context"] if entry["setting"] == "independent"]
+    for arm, entry in zip(arms, entries, strict=True):
+        _curve(left, entry["curve"], styles[arm["strategy"]], name_of(arm), slides=True)
+        if entry["against"]:
+            _curve(right, entry["against"]["curve"], styles[arm["strategy"]], name_of(arm), slides=False)
+    reference = next((entry["against"]["strategy"] for entry in entries if entry["against"]), None)
+    if reference is None:
+        right.set_visible(False)
+    else:
+        right.axhline(0, color=styles[reference]["color"], linewidth=1.6)
+        right.set_title(f"Difference from {reference} (raw models)")
+        right.set_ylabel("loss difference (nats/token)")
+    left.set_title("Loss on the same held-out targets")
+    left.set_ylabel("loss (nats/token)")
+    for axes in (left, right):
+        _context_axis(axes, [c["context"] for c in entries[0]["curve"]], arms, styles)
+    note = "bands: 95 %, seeds and documents;  dotted, hollow: raw, beyond the trained length T;  thin: sliding window"
+    legend(figure, left, note, any(arm["own"]["leaking"] for arm in arms))
+    return figure
+
+
+def _curve(axes: Axes, curve: Sequence[dict], style: Mapping[str, Any], label: str, slides: bool) -> None:
+    contexts = [c["context"] for c in curve]
+    means = np.array([c["mean"] for c in curve])
+    inside = sum(not c["beyond"] for c in curve)
+    color = style["color"]
+    if not slides and all(c["low"] is not None for c in curve):
+        edges = [[c[end] for c in curve] for end in ("low", "high")]
+        axes.fill_between(contexts, *edges, color=color, alpha=0.13, lw=0)
+    beyond = slice(max(inside - 1, 0), None)
+    axes.plot(contexts[beyond], means[beyond], color=color, linewidth=1.3, linestyle=":")
+    axes.plot(contexts[inside:], means[inside:], style["marker"], color=color, markerfacecolor="white")
+    axes.plot(contexts[:inside], means[:inside], label=label, markeredgecolor="white", **style)
+    if slides and 0 < inside < len(curve):
+        axes.plot([contexts[inside - 1], contexts[-1]], [means[inside - 1]] * 2, color=color, linewidth=0.9)
+
+
+def _context_axis(axes: Axes, contexts: Sequence[int], arms: Sequence[dict], styles: Styles) -> None:
+    """A log axis of contexts, with each strategy's trained length marked at its foot."""
+    axes.margins(y=0.16)
+    axes.set_xscale("log", base=2)
+    longest = max([*contexts, *(arm["seq_len"] for arm in arms)])
+    axes.set_xlim(min(contexts) / 1.4, longest * 1.5)
+    axes.xaxis.set_major_locator(FixedLocator(contexts))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlabel("context before each target (tokens, log scale)")
+    for arm in arms:
+        color = styles[arm["strategy"]]["color"]
+        axes.axvline(arm["seq_len"], ymax=0.04, color=color, linewidth=2.2)
+        place = dict(xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=8.5, color=color)
+        axes.annotate(f"T={arm['seq_len']}", (arm["seq_len"], 0.045), **place)
+
+
+def places_figure(analysis: dict[str, Any], styles: Styles) -> Figure:
+    """Loss by the number of tokens before a target: in windows of the trained length, and in its document."""
+    figure = Figure(figsize=(9.6, 4.2), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    arms = [arm for arm in analysis["arms"] if arm["setting"] == "independent"]
+    entries = [entry for entry in analysis["context"] if entry["setting"] == "independent"]
+    for axes, kind in zip(panels, ("window", "place"), strict=True):
+        if not any(b["low"] is not None for entry in entries for b in entry[kind]):
+            axes.set_visible(False)
+            continue
+        for arm, entry in zip(arms, entries, strict=True):
+            bins = [b for b in entry[kind] if b["low"] is not None]
+            middle = [(b["from"] * (b["to"] + 1)) ** 0.5 for b in bins]
+            style = styles[arm["strategy"]]
+            axes.plot(middle, [b["mean"] for b in bins], label=name_of(arm), markeredgecolor="white", **style)
+            edges = [[b[end] for b in bins] for end in ("low", "high")]
+            axes.fill_between(middle, *edges, color=style["color"], alpha=0.1, lw=0)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1024:g}k" if x >= 1024 else f"{x:g}")
+    kinds = [b for entry in entries for kind in ("window", "place") for b in entry[kind] if b["low"] is not None]
+    if kinds:
+        means = [b["mean"] for b in kinds]
+        panels[0].set_ylim(min(means) - 0.6, max(means) + 0.6)
+    panels[0].set_title("In windows of the trained length")
+    panels[0].set_xlabel("tokens of the window before a target (log scale)")
+    panels[1].set_title("In the document")
+    panels[1].set_xlabel("tokens of the document before a target (log scale)")
+    panels[0].set_ylabel("loss (nats/token)")
+    note = (
+        "bins of powers of two;  bands: 95 %, seeds and windows or documents;  bins of fewer than 6 of these left out"
+    )
+    legend(figure, panels[0], note, any(arm["own"]["leaking"] for arm in arms))
+    return figure
+
+
+def matrix_figure(analysis: dict[str, Any]) -> Figure:
+    """Trained length against context at evaluation: mean losses as a heat map, hatched beyond the trained length."""
+    arms = sorted((a for a in analysis["arms"] if a["setting"] == "independent"), key=lambda arm: arm["seq_len"])
+    contexts = [str(c) for c in analysis["contexts"]]
+    loss_AC = np.array([[arm["contexts"][c]["mean"] for c in contexts] for arm in arms])
+    figure = Figure(figsize=(9.6, 1.5 + 0.62 * len(arms)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.pcolormesh(loss_AC, cmap="cividis_r", edgecolors="white", linewidth=2)
+    middle = (loss_AC.min() + loss_AC.max()) / 2
+    for row, arm in enumerate(arms):
+        for column, c in enumerate(contexts):
+            beyond = arm["contexts"][c]["beyond"]
+            dark = loss_AC[row, column] > middle
+            ink = "white" if dark else INK
+            text = f"{loss_AC[row, column]:.3f}" + ("*" if beyond else "")
+            weight = "normal" if beyond else "bold"
+            axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=ink, fontsize=10, weight=weight)
+    axes.set_xticks(np.arange(len(contexts)) + 0.5, [f"{int(c):,}" for c in contexts])
+    axes.set_yticks(np.arange(len(arms)) + 0.5, [f"{arm['strategy']}  T={arm['seq_len']:,}" for arm in arms])
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+    axes.set_xlabel("context before each target at evaluation (tokens)")
+    bar = figure.colorbar(image, ax=axes, pad=0.015)
+    bar.set_label("loss (nats/token)")
+    bar.outline.set_visible(False)
+    figure.supxlabel("*: beyond the trained length, the raw model", fontsize=9, color="#666666")
+    return figure

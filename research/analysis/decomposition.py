@@ -1,0 +1,89 @@
+"""Why strategies differ: for the context that rows have, or for the places of the corpus that a step comes from.
+
+Under paired order each step of every strategy sees the same tokens, cut differently: what differs is the effect of
+context. Under independent order rows come from places of their own, so short rows also make a step of more of them:
+the rest of the difference is the effect of diversity.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from research.analysis.context import interval
+from research.analysis.page import Section, Table
+from research.analysis.statistics import bootstrap_statistic
+from research.analysis.study import Arm
+
+PARTS = ("total", "context", "diversity")
+_SEED = 0
+
+
+def analyse(independent: Sequence[Arm], paired: Sequence[Arm], shared: Sequence[int]) -> list[dict[str, Any]]:
+    """For each pair of strategies and shared context (`at`, tokens): total = context + diversity, with intervals.
+
+    Over the seeds that both strategies have in both orders. Empty where a study has no paired runs.
+    """
+    of = {(arm.strategy, arm.setting): arm for arm in (*independent, *paired)}
+    names = [arm.strategy for arm in independent if (arm.strategy, "paired") in of]
+    entries = []
+    for context, (a, b) in itertools.product(shared, itertools.combinations(names, 2)):
+        four = {(s, setting): of[s, setting] for s in (a, b) for setting in ("independent", "paired")}
+        seeds = sorted(set.intersection(*(set(arm.seeds) for arm in four.values())))
+        if not seeds:
+            continue
+        losses = {f"{s} {setting}": _losses(arm, context, seeds) for (s, setting), arm in four.items()}
+        documents = of[a, "independent"].runs[0].arrays["document"]
+        entries.append(
+            dict(
+                at=context,
+                a=a,
+                b=b,
+                seeds=seeds,
+                **{
+                    part: interval(bootstrap_statistic(losses, documents, _statistic(part, a, b), _SEED))
+                    for part in PARTS
+                },
+            )
+        )
+    return entries
+
+
+def _losses(arm: Arm, context: int, seeds: Sequence[int]) -> np.ndarray:
+    return np.stack([run.losses[context].astype(np.float64) for run in arm.runs if run.key.seed in seeds])
+
+
+def _statistic(part: str, a: str, b: str):
+    def total(means):
+        return means[f"{a} independent"] - means[f"{b} independent"]
+
+    def context(means):
+        return means[f"{a} paired"] - means[f"{b} paired"]
+
+    return dict(total=total, context=context, diversity=lambda means: total(means) - context(means))[part]
+
+
+def section(analysis: dict[str, Any]) -> Section | None:
+    entries = analysis["decomposition"]
+    if not entries:
+        return None
+    rows = tuple((f"{e['at']:,}", f"{e['a']} - {e['b']}", *(signed(e[part]) for part in PARTS)) for e in entries)
+    columns = ("context", "difference", "total", "of which: context", "of which: diversity")
+    note = (
+        "Nats a token [95 %, seeds and documents resampled together]. Total: under independent order. Context: under "
+        "paired order, where each step of both sees the same tokens. Diversity: the rest."
+    )
+    text = (
+        "Short rows differ from long ones in two ways at once: they show less context, and a step of them comes from "
+        "more places of the corpus. Training again in an order that gives every strategy the very same tokens at each "
+        "step takes the second away."
+    )
+    return Section("Context or diversity?", text, (Table(columns, rows, note),))
+
+
+def signed(entry: dict[str, Any]) -> str:
+    """A difference with its interval, as tables show it."""
+    if entry["low"] is None:
+        return f"{entry['mean']:+.3f} [no interval]"
+    return f"{entry['mean']:+.3f} [{entry['low']:+.3f}, {entry['high']:+.3f}]"

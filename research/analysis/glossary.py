@@ -1,0 +1,57 @@
+"""The words of a report, for a reader who meets them there."""
+
+from research.analysis.context import TOLERANCE
+
+TERMS: tuple[tuple[str, str], ...] = (
+    ("Strategy", "How a step's tokens are cut: B rows of T tokens. All strategies of a study take the same B x T."),
+    (
+        "Loss at context c",
+        "Mean of -log p, in nats a token (perplexity is e to it), over held-out target tokens. The targets are the "
+        "same for every strategy; each is predicted from c to 1.25 c tokens of its document before it.",
+    ),
+    (
+        "Loss at own length",
+        "The same over every position of windows as long as the training rows, as the original measured. Short rows "
+        "are charged for their first tokens, which have no context: it does not compare strategies.",
+    ),
+    (
+        "Raw and sliding",
+        "Beyond its trained length, the raw model meets rotary positions that it never saw. A window that slides "
+        "shows it no more than fits: its loss is that of the longest context within the trained length.",
+    ),
+    (
+        "Interval",
+        "95 %: where the number would lie if seeds and held-out documents were drawn again (bootstrap over documents, "
+        "Student's t over seeds, in pairs: the same documents and seeds for both strategies).",
+    ),
+    (
+        "Shown; Holm",
+        "A difference is shown where its p value, corrected by Holm's procedure for all the comparisons of its table, "
+        "is below 0.05. Otherwise the report says that none is shown, which is not that there is none.",
+    ),
+    (
+        "Effective context",
+        f"The shortest context from which no longer one takes more than {TOLERANCE} nats a token off the loss.",
+    ),
+    (
+        "Independent and paired order",
+        "Independent: each row comes from its own place of the corpus, the common practice. Paired: at each step every "
+        "strategy sees the very same tokens, cut differently.",
+    ),
+    (
+        "Context and diversity",
+        "The two parts of a difference between strategies: what is left under paired order is the effect of the "
+        "context in a row; the rest is that of the number of places a step comes from.",
+    ),
+    ("Unigram entropy", "The loss of knowing only how often each token occurs. A model above it has learnt nothing."),
+    (
+        "Floor",
+        "(ln N - H(first token)) / T: the lowest mean loss at own length of a model that has memorised N windows of T "
+        "tokens. Under a split that leaks, losses near it say nothing but that.",
+    ),
+    ("LEAKING", "Held-out windows overlap training windows: the number measures memorisation."),
+    (
+        "Train seconds",
+        "Steps times the median step of the least disturbed run: without compilation, evaluation and checkpoints.",
+    ),
+)

@@ -1,0 +1,78 @@
+"""How far back a model recalls: accuracy on the recall task against the distance from a pair to its query."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from research.analysis.context import rounded
+from research.analysis.page import Section, Table
+from research.analysis.statistics import wilson
+from research.analysis.study import Arm
+
+SUITES = {"raw": "whole documents", "window": "windows of the trained length"}
+
+
+def analyse(arms: Sequence[Arm]) -> list[dict[str, Any]]:
+    """Per strategy, suite and bin of distances [2^b, 2^(b+1)): right of total answers of all seeds, Wilson's interval.
+
+    `raw` reads whole documents, beyond the trained length too; `window` shows what fits. Chance is one value in
+    `chance`; a model that is at it does not recall.
+    """
+    return [
+        dict(
+            strategy=arm.strategy,
+            seeds=arm.seeds,
+            seq_len=arm.first["seq_len"],
+            chance=rounded(1 / arm.runs[0].config["data"]["recall"]["num_values"]),
+            **{suite: _by_distance(arm, suite) for suite in SUITES},
+        )
+        for arm in arms
+    ]
+
+
+def _by_distance(arm: Arm, suite: str) -> list[dict[str, Any]]:
+    distances = arm.runs[0].arrays["distance"]
+    right = np.stack([_right(run.arrays, suite) for run in arm.runs])
+    bins = np.log2(distances).astype(int)
+    found = []
+    for b in np.unique(bins):
+        hits = right[:, bins == b]
+        low, high = wilson(int(hits.sum()), hits.size)
+        entry = dict(right=int(hits.sum()), answers=int(hits.size), mean=rounded(hits.mean()))
+        spread = rounded(np.std(hits.mean(axis=1), ddof=1)) if len(hits) > 1 else None
+        found.append({"from": int(2**b), "to": int(2 ** (b + 1) - 1)} | entry | dict(low=low, high=high, sd=spread))
+    return found
+
+
+def _right(arrays: Any, suite: str) -> np.ndarray:
+    if suite == "window":
+        return arrays["right_window"]
+    return arrays[next(name for name in arrays if name.startswith("right_") and name[6:].isdecimal())]
+
+
+def section(analysis: dict[str, Any]) -> Section | None:
+    found = analysis["recall"]
+    if not found:
+        return None
+    tables = tuple(_table(found, suite) for suite in SUITES)
+    text = (
+        "A document of filler holds pairs of a key and a value; later the key comes again, and the value is asked for. "
+        "Loss and accuracy are of the answers alone. Keys are drawn once a document, values are independent, and the "
+        "distance is independent of the place, so nothing but recall helps. This is what a validation loss on text "
+        "can hide."
+    )
+    return Section("How far back can it recall?", text, tables)
+
+
+def _table(found: Sequence[dict[str, Any]], suite: str) -> Table:
+    bins = [(e["from"], e["to"]) for e in found[0][suite]]
+    rows = tuple(
+        (e["strategy"], f"{e['seq_len']:,}", *(f"{b['mean']:.1%} [{b['low']:.1%}, {b['high']:.1%}]" for b in e[suite]))
+        for e in found
+    )
+    note = (
+        f"Accuracy [95 %, Wilson], all seeds together, in {SUITES[suite]}; chance is {found[0]['chance']:.1%}. "
+        f"Answers a cell: {found[0][suite][0]['answers']:,} or so."
+    )
+    return Table(("strategy", "trained at", *(f"{a:,} to {b:,}" for a, b in bins)), rows, note)

@@ -1,0 +1,123 @@
+"""What an analysis says: differences on the same targets, corrected; who is ranked; the paragraph; every figure."""
+
+import functools
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from research.analysis import comparison, figures, findings, study, tables
+from tests.fake_runs import MERITS, write_study
+
+
+@functools.cache
+def analysed(*settings: str, seeds: tuple[int, ...] = (42, 43, 44), same: bool = False) -> dict:
+    """The analysis of fabricated runs; `same`: three strategies that do not differ."""
+    with tempfile.TemporaryDirectory() as folder:
+        changes = {name: dict(offset=0.0, gain=0.02) for name in MERITS} if same else {}
+        keys = write_study(Path(folder), seeds=seeds, settings=settings or ("independent",), **changes)
+        return comparison.analyse(study.collect(Path(folder), keys, {}))
+
+
+def test_an_analysis_is_json_without_nan():
+    text = json.dumps(analysed("independent", "paired", "recall"), allow_nan=False)
+    assert json.loads(text)["shared_contexts"] == [24, 48, 96]
+
+
+def test_differences_are_those_of_the_offsets():
+    found = analysed("independent", "paired")["differences"]
+    at = {(d["setting"], d["a"], d["b"]): d for d in found if d["context"] == 96}
+    assert len(at) == 6
+    for (setting, a, b), entry in at.items():
+        share = 1 if setting == "independent" else 0.5
+        # the longest rows are the same runs in both orders; 0.35 is added to the others in paired order
+        offsets = {n: (0.35 if share == 0.5 and n != "long_seq" else 0) + MERITS[n]["offset"] * share for n in MERITS}
+        offsets["long_seq"] = MERITS["long_seq"]["offset"]
+        wanted = offsets[a] - 2 * MERITS[a]["gain"] - offsets[b] + 2 * MERITS[b]["gain"]
+        assert entry["mean"] == pytest.approx(wanted, abs=0.06)
+        assert entry["low"] < entry["mean"] < entry["high"] and entry["seeds"] == 3
+        assert entry["shown"] == (entry["p_holm"] < comparison.LEVEL) and entry["p_holm"] >= entry["p"]
+
+
+def test_pairs_are_compared_at_the_longest_context_of_all_and_of_their_own():
+    found = {(d["a"], d["b"]): set() for d in analysed()["differences"]}
+    for d in analysed()["differences"]:
+        found[d["a"], d["b"]].add(d["context"])
+    assert found == {
+        ("large_batch", "balanced"): {96},
+        ("large_batch", "long_seq"): {96},
+        ("balanced", "long_seq"): {96, 384},
+    }
+
+
+def test_equal_strategies_are_not_ranked():
+    found = analysed(same=True)
+    assert not any(d["shown"] for d in found["differences"])
+    assert all(tables.verdict(d) != d["a"] and tables.verdict(d) != d["b"] for d in found["differences"])
+    assert not any(r["shown"] for r in found["rankings"])
+    assert "no difference from" in findings.paragraph(found)
+
+
+def test_beyond_the_trained_length_nothing_is_compared():
+    arms = {arm["strategy"]: arm for arm in analysed()["arms"]}
+    beyond = {name: [int(c) for c, e in arm["contexts"].items() if e["beyond"]] for name, arm in arms.items()}
+    assert beyond == {"large_batch": [192, 384, 768, 1536], "balanced": [768, 1536], "long_seq": []}
+
+
+def test_one_seed_is_said_to_be_one():
+    found = analysed(seeds=(42,))
+    assert all(d["seeds"] == 1 and d["sd"] is None for d in found["differences"])
+    assert found["power"] == [] and any("One seed of" in warning for warning in found["warnings"])
+    assert all(entry["sd"] is None for arm in found["arms"] for entry in arm["contexts"].values())
+
+
+def test_a_missing_seed_is_a_warning_and_in_no_mean(tmp_path):
+    keys = write_study(tmp_path, seeds=(1, 2, 3))
+    runs = study.collect(tmp_path, keys, {"balanced-independent-3": 3})
+    found = comparison.analyse(runs)
+    assert "balanced-independent-3 failed: exit code 3: it is in no mean." in found["warnings"]
+    assert {arm["strategy"]: arm["seeds"] for arm in found["arms"]}["balanced"] == [1, 2]
+    seeds = {(d["a"], d["b"]): d["seeds"] for d in found["differences"]}
+    assert seeds["large_batch", "balanced"] == 2 and seeds["large_batch", "long_seq"] == 3
+
+
+def test_leaking_losses_are_marked_and_have_floors(tmp_path):
+    keys = write_study(tmp_path, seeds=(1, 2), **{name: {"protocol": "published"} for name in MERITS})
+    found = comparison.analyse(study.collect(tmp_path, keys, {}))
+    for arm in found["arms"]:
+        windows = 2_900_000 - arm["seq_len"]
+        assert arm["own"]["floor"] == pytest.approx((np.log(windows) - 6.6) / arm["seq_len"], abs=1e-6)
+    assert findings.paragraph(found).startswith("**LEAKING")
+    ours = [row for row in tables.original_section(found).tables[0].rows if row[1] == "this study"]
+    assert all("LEAKING" in row[3] and row[4] != "–" for row in ours)
+    assert all("LEAKING" in cell for row in tables.main_table(found).rows for cell in row[3:] if cell != "–")
+
+
+def test_the_paragraph_says_what_the_numbers_say():
+    text = findings.paragraph(analysed("independent", "paired", "recall"))
+    assert "large_batch has the lowest loss" in text and "below long_seq [" in text
+    assert "Of the difference of -0.7" in text and "context" in text and "diversity" in text
+    assert "is not seen, neither" in text
+    assert "large_batch up to distances of" in text
+    assert "balanced gains 0." in text
+
+
+@pytest.mark.parametrize("settings", [("independent",), ("independent", "paired", "recall"), ("recall",)])
+def test_every_figure_is_drawn_from_the_analysis_alone(tmp_path, settings):
+    drawn = figures.draw(json.loads(json.dumps(analysed(*settings))), tmp_path)
+    wanted = {"curves", "places", "matrix", "costs", "budgets"} if "independent" in settings else set()
+    wanted |= {"decomposition"} if "paired" in settings else set()
+    wanted |= {"recall"} if "recall" in settings else set()
+    assert set(drawn) == wanted
+    for name in wanted:
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000 and (tmp_path / f"{name}.svg").exists()
+
+
+def test_the_same_numbers_give_the_same_files(tmp_path):
+    found = analysed("independent", "paired")
+    for name in ("one", "two"):
+        figures.draw(found, tmp_path / name)
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()

@@ -1,0 +1,43 @@
+"""A difference between strategies is the effect of context and the effect of diversity, and nothing else."""
+
+import numpy as np
+import pytest
+
+from research.analysis import decomposition
+from research.analysis.study import Arm, Key, Run
+
+DOCUMENTS = np.arange(30).repeat(20)
+
+
+def arm_of(rng, strategy: str, setting: str, offset: float, seeds=(1, 2, 3)) -> Arm:
+    hard = np.random.default_rng(0).gamma(4, 1, DOCUMENTS.size)
+    runs = []
+    for seed in seeds:
+        loss = hard + offset + rng.normal(0, 0.005) + rng.normal(0, 0.05, DOCUMENTS.size)
+        runs.append(Run(Key(strategy, setting, seed), "finished", arrays={"loss_96": loss, "document": DOCUMENTS}))
+    return Arm(strategy, setting, tuple(runs))
+
+
+def test_context_and_diversity_are_found_and_add_up(rng):
+    offsets = {"short": (0.0, 0.2), "long": (0.7, 0.6)}  # under independent, and under paired order
+    independent = [arm_of(rng, name, "independent", both[0]) for name, both in offsets.items()]
+    paired = [arm_of(rng, name, "paired", both[1]) for name, both in offsets.items()]
+    (entry,) = decomposition.analyse(independent, paired, [96])
+    for part, wanted in dict(total=-0.7, context=-0.4, diversity=-0.3).items():
+        assert entry[part]["mean"] == pytest.approx(wanted, abs=0.02)
+        assert entry[part]["low"] < wanted < entry[part]["high"]
+        assert entry[part]["high"] - entry[part]["low"] < 0.2
+    assert entry["total"]["mean"] == pytest.approx(entry["context"]["mean"] + entry["diversity"]["mean"], abs=2e-6)
+
+
+def test_only_seeds_that_all_four_have_are_used(rng):
+    independent = [arm_of(rng, "a", "independent", 0, (1, 2, 3)), arm_of(rng, "b", "independent", 1, (1, 2))]
+    paired = [arm_of(rng, "a", "paired", 0, (2, 3)), arm_of(rng, "b", "paired", 1, (1, 2, 3))]
+    (entry,) = decomposition.analyse(independent, paired, [96])
+    assert entry["seeds"] == [2]
+
+
+def test_without_paired_runs_there_is_nothing_to_say(rng):
+    independent = [arm_of(rng, name, "independent", 0) for name in "ab"]
+    assert decomposition.analyse(independent, [], [96]) == []
+    assert decomposition.section({"decomposition": []}) is None
