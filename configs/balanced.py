@@ -12,9 +12,7 @@ from configs import base
 def get_config(scale: str = "cpu") -> ConfigDict:
     config = base.get_config(scale)
     config.strategy = "balanced"
-    if scale == "published":
-        config.batch_size, config.seq_len = 26, 1024
-    else:
-        config.batch_size, config.seq_len = 16, 512
-        config.train.tokens = base.TOKENS[scale]
+    shapes = dict(cpu=(16, 512), published=(26, 1024), recall=(4, 512))
+    config.batch_size, config.seq_len = shapes[scale]
+    config.train.tokens = base.TOKENS.get(scale)
     return config

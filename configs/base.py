@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 SCALES = ("cpu", "published", "recall")
-TOKENS = {"cpu": 80 * 8192, "recall": 200 * 8192}  # of a run: the same for every strategy
+TOKENS = {"cpu": 80 * 8192, "recall": 1600 * 2048}  # of a run: the same for every strategy
 
 
 def get_config(scale: str = "cpu") -> ConfigDict:
@@ -124,13 +124,13 @@ def _data() -> ConfigDict:
             max_epochs=1,  # 0: no limit
             cache_dir="",  # empty: ~/.cache/batch-or-length
             recall=dict(
-                documents=1024,
+                documents=1600,
                 heldout_documents=32,
                 document_length=2048,  # tokens
                 pairs=128,  # a document
-                num_keys=256,
-                num_values=32,  # chance is one of them
-                num_fillers=64,
+                num_keys=128,
+                num_values=16,  # chance is one of them
+                num_fillers=16,
                 shortest=8,  # distance, in tokens
                 longest=1024,
             ),
@@ -197,6 +197,8 @@ def _published(config: ConfigDict) -> None:
 
 
 def _recall(config: ConfigDict) -> None:
-    config.model.update(dict(num_layers=2, d_model=64, num_heads=2, d_ff=128, num_experts=4, vocab_size=512))
+    config.model.update(dict(num_layers=2, d_model=64, num_heads=2, d_ff=128, num_experts=4, vocab_size=256))
+    config.model.rope_base = 100.0  # neighbours are told apart sooner: a key and its value are
+    config.optimizer.update(dict(learning_rate=0.02, adamw_learning_rate=0.003, schedule="cosine"))
+    config.train.update(dict(eval_every=200, checkpoint_every=200, log_every=5))
     config.data.source = "recall"
-    config.train.eval_every = 50

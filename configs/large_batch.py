@@ -12,9 +12,7 @@ from configs import base
 def get_config(scale: str = "cpu") -> ConfigDict:
     config = base.get_config(scale)
     config.strategy = "large_batch"
-    if scale == "published":
-        config.batch_size, config.seq_len = 104, 256
-    else:
-        config.batch_size, config.seq_len = 64, 128
-        config.train.tokens = base.TOKENS[scale]
+    shapes = dict(cpu=(64, 128), published=(104, 256), recall=(16, 128))
+    config.batch_size, config.seq_len = shapes[scale]
+    config.train.tokens = base.TOKENS.get(scale)
     return config

@@ -147,7 +147,7 @@ def test_the_three_strategies_of_the_scale_train_on_the_same_task():
         (dict(document_length=128), "config.data.recall.document_length=128"),
         (dict(pairs=40), "config.data.recall.pairs=40"),
         (dict(num_keys=8), "config.data.recall.pairs=12"),
-        (dict(num_values=4000), "config.model.vocab_size=512"),
+        (dict(num_values=4000), "config.model.vocab_size=256"),
         (dict(document_length=320), "config.data.recall.document_length=320"),
     ],
 )

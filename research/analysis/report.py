@@ -70,14 +70,17 @@ def write(folder: Path) -> dict[str, Any]:
     Returns: results.json's content. The same data files give the same report. Raises: ConfigError when a data file is
     missing or damaged.
     """
-    runs = study.load(folder)
     results = json.loads((folder / "results.json").read_text())
-    analysis = comparison.analyse(runs)
-    analysis["reach"] = _reach(runs, analysis["shared_contexts"])
-    results["analysis"] = analysis
+    results["analysis"] = analyse(study.load(folder))
     study.write_text(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
     render(results, folder)
     return results
+
+
+def analyse(runs: Sequence[study.Run]) -> dict[str, Any]:
+    """All that the report says beyond the runs' own results: that of comparison.py, and that of reach.py."""
+    analysis = comparison.analyse(runs)
+    return analysis | {"reach": _reach(runs, analysis["shared_contexts"])}
 
 
 def _reach(runs: Sequence[study.Run], shared: Sequence[int]) -> dict[str, list]:
