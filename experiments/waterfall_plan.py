@@ -185,7 +185,8 @@ def grid(plan: Plan, strategy: str, losses: Losses) -> Iterator[Run]:
     while rates:
         yield from (make_run(plan, strategy, STAGES[BEST].condition, rate, plan.tuning_seed) for rate in rates)
         tried.update(rates)
-        found = next_rates(losses_by_rate(plan, strategy, losses), plan.shapes.max_rates)
+        known = losses_by_rate(plan, strategy, losses)  # those of an earlier command too
+        found = [*known, *next_rates(known, plan.shapes.max_rates)]
         rates = [rate for rate in found if rate not in tried]  # one that failed is not tried again
 
 

@@ -1,82 +1,255 @@
-"""A verdict follows from the numbers, and turns with them; without numbers nothing is decided."""
+"""A verdict follows from the numbers by its rule, and turns with them; without numbers nothing is decided."""
 
-import functools
-import tempfile
-from pathlib import Path
+import itertools
 
 import pytest
 
-from research.analysis import claims, comparison, report, study
+from research.analysis import claims, comparison
 from research.analysis.page import VERDICTS
-from tests.fake_runs import MERITS, write_study
 
 HOLDS, CONDITIONS, FAILS, UNTESTED = VERDICTS
+SHAPES = {"large_batch": (64, 128), "balanced": (16, 512), "long_seq": (4, 2048)}
+REACH = {"large_batch": 96, "balanced": 384, "long_seq": 1536}
+LOSSES = {"large_batch": 3.9, "balanced": 4.2, "long_seq": 4.6}
+CHANCE = 0.0625
 
 
-@functools.cache
-def results() -> dict:
-    return judge(("independent", "paired", "recall"))
+def analysis(
+    losses=LOSSES,
+    paired=None,  # losses in paired order
+    shown=True,
+    width=0.02,  # half of every interval, nats
+    seeds=3,
+    seconds=(0.66, 0.73, 1.05),
+    memory=(446e6, 446e6, 448e6),
+    device=(None, None, None),
+    shapes=SHAPES,
+    leaking=False,
+    accuracy=0.25,
+    early=1.0,  # how far curves are apart at half of the tokens, in parts of the final differences
+    gain=0.1,  # nats a token that every strategy gains from its context
+    beyond=0.05,  # that the longest rows gain from more context than all share
+    full=None,  # losses with all the context that each was trained at
+    diversity=-0.4,
+    recall=None,  # strategy -> accuracy at distances of 32, 256 and 1024
+) -> dict:
+    """An analysis as comparison.analyse gives it, from a few numbers."""
+    full = full or losses
+    orders = {"independent": losses} | ({"paired": paired} if paired else {})
+    found = dict(arms=[], differences=[], context=[], contexts=[96, 384, 1536], shared_contexts=[96], warnings=[])
+    found |= dict(power=[], rankings=[], decomposition=[], recall=[], reach=dict(pairs=[], gains=[]))
+    for setting, by in orders.items():
+        for i, name in enumerate(shapes):
+            own = dict(
+                mean=by[name] + 0.2, sd=0.01, accuracy=accuracy, leaking=leaking, floor=0.01 if leaking else None
+            )
+            rows, length = shapes[name]
+            curve = {
+                str(c): band(by[name] + (c > REACH[name]), width) | dict(beyond=c > REACH[name]) for c in (96, 1536)
+            }
+            found["arms"].append(
+                dict(strategy=name, setting=setting, seeds=list(range(seeds)), batch_size=rows, seq_len=length)
+                | dict(tokens_per_step=rows * length, tokens=80 * 8192, steps=80, flops=1e12 * (1 + i), own=own)
+                | dict(step_seconds=seconds[i], memory_bytes=dict(compiled_step=memory[i], device_peak=device[i]))
+                | dict(contexts=curve)
+            )
+            effective = band(48, 10) | dict(longest=REACH[name], censored=False)
+            found["context"].append(
+                dict(strategy=name, setting=setting, gains=[band(gain, width)], effective=effective, slope=None)
+            )
+        for a, b in itertools.combinations(by, 2):
+            pair = dict(setting=setting, a=a, b=b)
+            found["differences"].append(pair | dict(context=96, shown=shown) | band(by[a] - by[b], width))
+            ends = dict(context_a=REACH[a], context_b=REACH[b], shown=shown)
+            found["reach"]["pairs"].append(pair | ends | band(full[a] - full[b], width))
+    found["reach"]["gains"] = [
+        {"setting": "independent", "strategy": "long_seq", "from": 96, "to": 1536, "shown": abs(beyond) > width}
+        | band(beyond, width)
+    ]
+    if diversity is not None:
+        found["decomposition"] = [dict(at=96, a="large_batch", b="long_seq", diversity=band(diversity, width))]
+    found["budgets"] = budgets(losses, seconds, seeds, early)
+    for name, shares in (recall or {}).items():
+        bins = [bin_of(*each) for each in zip((32, 256, 1024), shares, strict=True)]
+        found["recall"].append(dict(strategy=name, seq_len=shapes[name][1], chance=CHANCE, raw=bins))
+    return found
 
 
-def judge(settings=("independent",), **changes) -> dict:
-    """Claim -> verdict, of fabricated runs."""
-    with tempfile.TemporaryDirectory() as folder:
-        keys = write_study(Path(folder), settings=settings, **changes)
-        analysis = report.analyse(study.collect(Path(folder), keys, {}))
-    return {verdict.claim: verdict for verdict in claims.verdicts({"analysis": analysis})}
+def band(mean: float, width: float) -> dict:
+    return dict(mean=mean, low=mean - width, high=mean + width)
 
 
-def verdict_on(words: str, **changes) -> str:
-    return next(v for claim, v in judge(**changes).items() if words in claim).verdict
+def bin_of(distance: int, share: float) -> dict:
+    return {"from": distance, "to": 2 * distance - 1, "mean": share, "low": share - 0.02, "high": share + 0.02}
 
 
-def test_every_claim_has_a_verdict_with_its_evidence():
-    found = results()
-    assert list(found) == [claim for claim, _ in claims.CLAIMS]
-    for verdict in found.values():
-        assert verdict.verdict in VERDICTS and len(verdict.evidence) > 30 and "None" not in verdict.evidence
-        if verdict.verdict != UNTESTED:
-            assert any(c.isdigit() for c in verdict.evidence), verdict.claim
+def budgets(losses: dict, seconds: tuple, seeds: int, early: float) -> dict:
+    """Curves that are `early` times their final differences apart at a quarter and half of the tokens."""
+    level = sum(losses.values()) / len(losses)
+    curves, equal = [], {}
+    for name, loss in losses.items():
+        before = level + early * (loss - level)
+        luck = [0.001 * seed for seed in range(seeds)]
+        y = [[before + 1 + u, before + 0.5 + u, loss + 0.1 + u, loss + u] for u in luck]
+        curves.append(dict(strategy=name, x=[[25.0, 50.0, 75.0, 100.0]] * seeds, y=y))
+        equal[name] = dict(mean=loss, low=loss, high=loss + luck[-1])
+    return dict(context=96, curves=dict(tokens=curves), crossings=[], equal=[dict(budget="seconds", losses=equal)])
 
 
-def test_without_numbers_nothing_is_decided():
-    nothing = comparison.analyse([])
-    for given in ({}, {"analysis": nothing}):
-        for verdict in claims.verdicts(given):
-            if "0.06 to 0.10" not in verdict.claim:  # of the original's own numbers
-                assert verdict.verdict == UNTESTED, verdict.claim
+def verdict_on(words: str, found: dict) -> str:
+    (verdict,) = [v.verdict for v in claims.verdicts({"analysis": found}) if words in v.claim]
+    return verdict
+
+
+RECALLS = {"large_batch": (0.9, 0.07, 0.06), "balanced": (0.9, 0.9, 0.07), "long_seq": (0.9, 0.9, 0.8)}
+ALIKE = {name: (0.9, 0.9, 0.06) for name in SHAPES}  # the long rows recall no further than the short ones
+NEAR = {name: (0.9, 0.06, 0.06) for name in SHAPES}
+GUESSES = {name: (0.07, 0.06, 0.06) for name in SHAPES}
+BALANCED = {"large_batch": 4.2, "balanced": 3.9, "long_seq": 4.6}
+LONG = {"large_batch": 4.6, "balanced": 4.2, "long_seq": 3.9}
+SAME = dict.fromkeys(SHAPES, 4.0)
 
 
 @pytest.mark.parametrize(
     ("words", "changes", "verdict"),
     [
-        ("balanced strategy wins", {}, FAILS),
-        ("balanced strategy wins", dict(balanced={"offset": -1.0}), HOLDS),
-        ("higher final loss", {}, FAILS),
-        ("higher final loss", dict(large_batch={"offset": 2.0}), HOLDS),
-        ("fastest per step", {}, HOLDS),
-        ("fastest per step", dict(large_batch={"step_seconds": 2.0}), FAILS),
-        ("slower per step", {}, HOLDS),
-        ("slower per step", dict(long_seq={"step_seconds": 0.2}), FAILS),
+        ("2x batch", {}, UNTESTED),
+        ("2x batch", dict(shapes=SHAPES | {"balanced": (128, 128)}, memory=(4e8, 8e8, 4e8)), HOLDS),
+        ("2x batch", dict(shapes=SHAPES | {"balanced": (128, 128)}, memory=(4e8, 6e8, 4e8)), CONDITIONS),
+        ("2x batch", dict(shapes=SHAPES | {"balanced": (128, 128)}, memory=(4e8, 4e8, 4e8)), FAILS),
+        ("2x length", {}, FAILS),
+        ("2x length", dict(memory=(1e8, 4e8, 16e8)), HOLDS),  # doubles with the length at equal tokens
+        ("2x length", dict(memory=(1e8, 2e8, 4e8)), CONDITIONS),
+        ("2x length", dict(memory=(None, 2e8, 4e8)), UNTESTED),
+        ("2x length", dict(device=(1e8, 4e8, 16e8)), HOLDS),  # the device's own count goes before
+        ("2x length", dict(shapes=SHAPES | {"balanced": (20, 512)}), UNTESTED),
+        ("need less memory", {}, FAILS),
+        ("need less memory", dict(memory=(1e8, 2e8, 4e8)), HOLDS),
         ("equal GPU memory", {}, HOLDS),
-        ("equal GPU memory", dict(long_seq={"memory": 9e8}), FAILS),
-        ("about the same time", {}, FAILS),
-        ("about the same time", {name: {"step_seconds": 0.7} for name in MERITS}, HOLDS),
+        ("equal GPU memory", dict(memory=(4.0e8, 4.2e8, 4.3e8)), CONDITIONS),
+        ("equal GPU memory", dict(memory=(4.0e8, 4.2e8, 5.0e8)), FAILS),
+        ("slower per step", {}, HOLDS),
+        ("slower per step", dict(seconds=(0.7, 0.7, 1.0)), CONDITIONS),
+        ("slower per step", dict(seconds=(0.7, 0.7, 0.7)), FAILS),
+        ("fastest per step", {}, HOLDS),
+        ("fastest per step", dict(seconds=(0.7, 0.71, 1.0)), CONDITIONS),
+        ("fastest per step", dict(seconds=(0.9, 0.7, 1.0)), FAILS),
+        ("same time", {}, FAILS),
+        ("same time", dict(seconds=(0.7, 0.71, 0.72)), HOLDS),
+        ("are reached", {}, FAILS),
+        ("are reached", dict(leaking=True), CONDITIONS),
+        ("balanced strategy wins", {}, FAILS),
+        ("balanced strategy wins", dict(losses=BALANCED), HOLDS),
+        ("balanced strategy wins", dict(losses=BALANCED, paired=LOSSES), CONDITIONS),
+        ("balanced strategy wins", dict(losses=SAME, shown=False), UNTESTED),
+        ("balanced strategy wins", dict(losses=SAME, shown=False, paired=LOSSES, seeds=1), UNTESTED),
+        ("higher final loss", {}, FAILS),
+        ("higher final loss", dict(losses=LONG), HOLDS),
+        ("converges faster", {}, HOLDS),
+        ("converges faster", dict(losses=BALANCED), FAILS),
+        ("converges faster", dict(losses=SAME), UNTESTED),
+        ("converges faster", dict(seeds=1), UNTESTED),
+        ("patterns over time", {}, UNTESTED),  # the differences stay
+        ("patterns over time", dict(early=0.5), FAILS),
+        ("patterns over time", dict(early=0.5, gain=0.01), UNTESTED),  # none has learnt to use context
+        ("patterns over time", dict(early=2.0), CONDITIONS),
+        ("information per training example", {}, CONDITIONS),
+        ("information per training example", dict(diversity=0.0), CONDITIONS),
+        ("information per training example", dict(diversity=0.4), HOLDS),
+        ("information per training example", dict(diversity=None), UNTESTED),
+        ("learn long-range dependencies", {}, CONDITIONS),  # text alone
+        ("learn long-range dependencies", dict(recall=RECALLS), HOLDS),
+        ("learn long-range dependencies", dict(recall=RECALLS, beyond=-0.1), CONDITIONS),
+        ("learn long-range dependencies", dict(recall=ALIKE, beyond=-0.1), FAILS),
+        ("learn long-range dependencies", dict(recall=GUESSES, beyond=0.0), UNTESTED),
+        ("learn long-range dependencies", dict(recall=NEAR, beyond=0.0), FAILS),  # near alone
+        ("learn long-range dependencies", dict(beyond=-0.1, gain=0.01), UNTESTED),
+        ("cannot learn long-range", {}, UNTESTED),
+        ("cannot learn long-range", dict(recall=RECALLS | {"large_batch": (0.9, 0.06, 0.06)}), HOLDS),
+        ("cannot learn long-range", dict(recall=RECALLS | {"large_batch": (0.9, 0.5, 0.06)}), CONDITIONS),
+        ("cannot learn long-range", dict(recall=RECALLS | {"large_batch": (0.9, 0.5, 0.4)}), FAILS),
+        ("cannot learn long-range", dict(recall=GUESSES), UNTESTED),  # not learnt at all
+        ("understanding of extended", {}, FAILS),
+        ("understanding of extended", dict(full=LONG), HOLDS),
+        ("understanding of extended", dict(shown=False), UNTESTED),
+        ("understanding of extended", dict(gain=0.01), UNTESTED),
+        ("context against speed", {}, HOLDS),
+        ("context against speed", dict(recall=ALIKE, beyond=-0.1), CONDITIONS),
+        ("context against speed", dict(seconds=(0.7, 0.7, 0.7)), FAILS),
+        ("context against speed", dict(beyond=0.0, width=0.1), UNTESTED),
+        ("shows promise", {}, HOLDS),
+        ("shows promise", dict(losses=LONG), FAILS),
+        ("shows promise", dict(recall=ALIKE, beyond=-0.1), CONDITIONS),
+        ("shows promise", dict(losses=SAME, shown=False), UNTESTED),
+        ("whole story", {}, UNTESTED),
+        ("whole story", dict(recall=RECALLS), HOLDS),
+        ("whole story", dict(losses=LONG, recall=RECALLS), FAILS),
+        ("worth a higher validation loss", {}, UNTESTED),
+        ("worth a higher validation loss", dict(recall=RECALLS, full=LONG), HOLDS),
+        ("worth a higher validation loss", dict(recall=RECALLS), CONDITIONS),
+        ("worth a higher validation loss", dict(recall=ALIKE), FAILS),
+        ("less noise", {}, UNTESTED),
+        ("slower progress", {}, UNTESTED),
+        ("escape poor minima", {}, UNTESTED),
+        ("In practice", {}, UNTESTED),
     ],
 )
 def test_a_verdict_turns_with_the_numbers(words, changes, verdict):
-    assert verdict_on(words, **changes) == verdict
+    assert verdict_on(words, analysis(**changes)) == verdict
 
 
-def test_what_leaks_decides_nothing_about_losses():
-    leaking = {name: {"protocol": "published"} for name in MERITS}
-    for words in ("balanced strategy wins", "higher final loss", "learn long-range"):
-        assert verdict_on(words, **leaking) == UNTESTED
+def test_every_claim_is_judged_once_with_its_numbers():
+    found = claims.verdicts({"analysis": analysis(recall=RECALLS, paired=LOSSES)})
+    assert [verdict.claim for verdict in found] == [claim for claim, _ in claims.CLAIMS]
+    assert len({claim for claim, _ in claims.CLAIMS}) == len(claims.CLAIMS) == 24
+    for verdict in found:
+        assert verdict.evidence.endswith(".") and "None" not in verdict.evidence and "nan" not in verdict.evidence
+        if verdict.verdict == UNTESTED:
+            assert any(f" {word}" in verdict.evidence for word in ("would", "undecided", "Not every seed")), verdict
+        else:
+            assert any(c.isdigit() for c in verdict.evidence), verdict
 
 
-def test_recall_decides_what_text_leaves_open():
-    """The fabricated runs recall as far as half their rows, and no further."""
-    found = judge(settings=("independent", "recall"))
-    by = {claim: verdict for claim, verdict in found.items() if "long-range" in claim}
-    assert any(verdict.verdict in (HOLDS, CONDITIONS) for verdict in by.values()), by
-    assert all("recall task was not run" not in verdict.evidence for verdict in found.values())
+def test_evidence_has_the_difference_its_interval_and_whether_it_is_shown():
+    (verdict,) = [v for v in claims.verdicts({"analysis": analysis(shown=False)}) if "balanced strategy" in v.claim]
+    assert "balanced minus large_batch +0.300 [+0.280, +0.320] (not shown)" in verdict.evidence
+    assert "At own lengths, as the original measured: large_batch 4.100" in verdict.evidence
+
+
+@pytest.mark.parametrize("results", [{}, {"analysis": {}}, {"analysis": comparison.analyse([])}])
+def test_without_numbers_nothing_is_decided(results):
+    assert {verdict.verdict for verdict in claims.verdicts(results)} == {UNTESTED}
+
+
+@pytest.mark.parametrize("absent", ["context", "budgets", "decomposition", "recall", "reach", "differences"])
+def test_what_is_absent_decides_nothing_and_breaks_nothing(absent):
+    found = analysis(recall=RECALLS, paired=LOSSES)
+    whole = {v.claim: v.verdict for v in claims.verdicts({"analysis": found})}
+    empty = type(found[absent])()
+    for part in (empty, None):
+        left = {v.claim: v.verdict for v in claims.verdicts({"analysis": found | {absent: part}})}
+        assert left != whole or absent == "context"
+        assert sum(v == UNTESTED for v in left.values()) >= sum(v == UNTESTED for v in whole.values())
+
+
+def test_a_missing_strategy_is_named_where_a_claim_is_about_it():
+    found = analysis()
+    found["arms"] = [arm for arm in found["arms"] if arm["strategy"] != "balanced"]
+    (verdict,) = [v for v in claims.verdicts({"analysis": found}) if "balanced strategy" in v.claim]
+    assert verdict.verdict == UNTESTED and "no finished run of balanced" in verdict.evidence
+    found["arms"] = found["arms"][:1]
+    assert {v.verdict for v in claims.verdicts({"analysis": found})} <= {UNTESTED, FAILS}  # its accuracy alone
+
+
+def test_no_shared_context_decides_nothing_about_losses():
+    found = analysis() | {"shared_contexts": []}
+    assert verdict_on("balanced strategy wins", found) == verdict_on("shows promise", found) == UNTESTED
+    assert verdict_on("slower per step", found) == HOLDS
+
+
+def test_what_leaks_decides_nothing_about_losses_and_says_so():
+    found = {v.claim: v for v in claims.verdicts({"analysis": analysis(leaking=True, recall=RECALLS)})}
+    of_losses = [v for claim, v in found.items() if "wins" in claim or "long-range" in claim or "final loss" in claim]
+    assert len(of_losses) == 4
+    assert all(v.verdict == UNTESTED and "LEAKING" in v.evidence for v in of_losses)
+    assert any("floor 0.01" in v.evidence for v in of_losses)

@@ -155,6 +155,7 @@ def test_the_grid_grows_until_its_optimum_lies_inside(best):
         assert low < lowest < high
     assert plans.losses_by_rate(plan, "balanced", losses) == made
     assert plans.best_rate(made) == lowest
+    assert {run.rate for run in plans.grid(plan, "balanced", losses)} == set(made)  # as a report reads it later
 
 
 def test_a_diverged_rate_bounds_the_grid_and_a_failed_one_ends_it():

@@ -129,7 +129,8 @@ def _other_winners(analysis: Analysis) -> dict[str, list[str]]:
     found = {}
     if leads := _most_context(analysis):
         found["Longest effective context on text"] = leads
-    recall = [entry for entry in claims_recall.entries(analysis) if claims_recall.learnt(entry)]
+    entries = claims_recall.entries(analysis)
+    recall = [entry for entry in entries if claims_recall.learnt(entry, entries[0]["seq_len"])]
     if len(recall) > 1:
         far = max(b["from"] for b in recall[0]["raw"])
         shares = {e["strategy"]: b for e in recall for b in e["raw"] if b["from"] == far}

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from research.analysis import evidence
+from research.analysis.context import TOLERANCE
 from research.analysis.evidence import CONDITIONS, FAILS, HOLDS, UNTESTED, Analysis, Judged, arms, listed
 from research.analysis.original import ORIGINAL
 
@@ -141,7 +142,8 @@ def patterns_over_time(analysis: Analysis) -> Judged:
     answers, parts = [], []
     for other in others:
         half, last = ([_gap_at(curves, long, other, share * end)] for share in (0.5, 1.0))
-        answers.append(evidence.apart(last[0], half[0]))
+        changed = abs(np.mean(last) - np.mean(half)) >= TOLERANCE
+        answers.append(evidence.apart(last[0], half[0]) if changed else None)
         parts.append(
             f"{long} minus {other} {np.mean(half):+.3f} at half of the tokens, {np.mean(last):+.3f} at the end"
         )
@@ -152,7 +154,7 @@ def patterns_over_time(analysis: Analysis) -> Judged:
     if verdict == HOLDS and not below:
         return CONDITIONS, f"{text} The gap closes, but longer training would have to show that it turns."
     if verdict == UNTESTED:
-        text += " Not every seed agrees on whether the gap closes."
+        text += " Not every seed agrees on whether the gap closes: longer training would tell."
     if verdict != HOLDS and (little := evidence.little_context(analysis)):
         return UNTESTED, f"{text} {little}"
     return verdict, text

@@ -71,11 +71,8 @@ def plain(text: str) -> str:
 def markdown(text: str) -> str:
     """Text for Markdown: what a renderer could take for an HTML tag or entity is escaped, outside of code."""
     pieces = re.split(r"(`[^`]+`)", text)
-    escaped = [
-        piece if number % 2 else re.sub(r"&(?=[#\w]+;)", "&amp;", re.sub(r"<(?=[\w!/?])", "&lt;", piece))
-        for number, piece in enumerate(pieces)
-    ]
-    return "".join(escaped)
+    pieces[::2] = (re.sub(r"<(?=[\w!/?])", "&lt;", re.sub(r"&(?=[#\w]+;)", "&amp;", piece)) for piece in pieces[::2])
+    return "".join(pieces)
 
 
 def cell(text: str) -> str:
