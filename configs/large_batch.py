@@ -12,7 +12,7 @@ from configs import base
 def get_config(scale: str = "cpu") -> ConfigDict:
     config = base.get_config(scale)
     config.strategy = "large_batch"
-    shapes = dict(cpu=(64, 128), published=(104, 256), recall=(16, 128))
+    shapes = dict(cpu=(64, 128), published=(104, 256), recall=(256, 32))
     config.batch_size, config.seq_len = shapes[scale]
     config.train.tokens = base.TOKENS.get(scale)
     return config

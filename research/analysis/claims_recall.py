@@ -1,4 +1,4 @@
-"""Rules over the recall task: accuracy at distances (tokens from a pair to its query) beyond the shortest rows."""
+"""Rules over the recall task: accuracy at distances (tokens since the key was last said) beyond the shortest rows."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -116,7 +116,7 @@ def decomposition_figure(analysis: dict[str, Any]) -> Figure:
 
 
 def recall_figure(analysis: dict[str, Any], styles: Styles) -> Figure:
-    """Accuracy by the distance from a pair to its query: whole documents, and windows of the trained length."""
+    """Accuracy by the distance to where the key was last said: whole documents, and windows of the trained length."""
     figure = Figure(figsize=(9.6, 4.1), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, suite, title in zip(
@@ -137,7 +137,7 @@ def recall_figure(analysis: dict[str, Any], styles: Styles) -> Figure:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.set_ylim(-0.03, 1.03)
-        axes.set_xlabel("distance from the pair to its query (tokens, log scale)")
+        axes.set_xlabel("distance to where the key was last said (tokens, log scale)")
         axes.set_title(title)
     panels[0].set_ylabel("answers that are right")
     legend(figure, panels[0], "bands: 95 % (Wilson);  dotted: chance;  ticks at the foot: trained lengths")

@@ -1,14 +1,17 @@
-"""The recall task (MQAR): is a value still known that was said `distance` tokens ago?
+"""The recall task (MQAR): is a value still known that was last said `distance` tokens ago?
 
-A document holds pairs (key value) whose keys are unique in it. Each key comes once more, `distance` tokens later, and
-its value is to follow; filler is everywhere else:
+A document is records (key value) with filler between them. A record binds a new key to a value, or asks for a bound key
+again, `distance` tokens after it was last said; what follows is its value, to be known:
 
-    . . k1 v1 . . k2 v2 . . . k1 [v1] . . . . . k2 [v2] . . <eot>
+    . k1 v1 . . k2 v2 k1 [v1] . k3 v3 . k2 [v2] . . k3 [v3] k1 [v1] . <eot>
 
 The vocabularies of filler, keys and values are disjoint; values are drawn independently, so chance is 1 / values. The
-octave of a distance is drawn evenly from [shortest, 2 shortest) to [longest / 2, longest), the distance evenly within
-it, and the place of the pair whatever the distance is. Only answers are scored.
+octave of a distance is drawn evenly from [shortest, 2 shortest) to [longest / 2, longest), then the key evenly from
+those that are as long ago. Only answers are scored; held-out ones after the first `longest` tokens of a document, where
+every distance is possible, so that distance and place in the document are independent.
 
+Each document to train on has a longest distance of its own, an octave drawn evenly: with all distances in every
+document the task is not learnt in 3 M tokens; documents of near distances teach how to look up, the far ones follow.
 After Arora et al. 2023 (Zoology, arXiv:2312.04927), whose documents begin with all pairs, so that distance and place
 go together.
 """
@@ -23,9 +26,9 @@ from research.config import ConfigError
 from research.data import stream
 from research.data.tokens import Corpus
 
-FORMAT = 1  # raise it when the same fields make other documents
+FORMAT = 2  # raise it when the same fields make other documents
 EOT = 0  # then fillers, keys, values
-ATTEMPTS = 1000  # to find room for a pair and its query
+NEVER = -(1 << 30)  # a key that was not said yet
 
 
 def open_recall(config: Any) -> Corpus:
@@ -38,7 +41,7 @@ def open_recall(config: Any) -> Corpus:
     task, seed = config.data.recall, config.data.split_seed
     check(config)
     splits = {
-        split: make_documents(task, count, f"{seed} recall {split}")
+        split: make_documents(task, count, f"{seed} recall {split}", training=split == "train")
         for split, count in (("train", task.documents), ("heldout", task.heldout_documents))
     }
     fields = dict(task.to_dict(), format=FORMAT, split_seed=seed)
@@ -72,17 +75,15 @@ def check(config: Any) -> None:
         raise ConfigError(f"config.data.recall.{name}", task[name], message)
 
     for name in task:
-        if task[name] < 1:
-            refuse(name, "must be 1 or more")
+        if task[name] < (0 if name in ("new_share", "max_gap") else 1):
+            refuse(name, "must be 1 or more" if name not in ("new_share", "max_gap") else "must be 0 or more")
+    if not 0 < task.new_share < 1:
+        refuse("new_share", "must lie between 0 and 1, both excluded")
     octaves = np.log2(task.longest / task.shortest)
     if task.shortest < 2 or octaves < 1 or octaves % 1:
         refuse("longest", f"must be config.data.recall.shortest={task.shortest} (2 or more) doubled once or more")
-    if task.longest + 4 > length:
-        refuse("document_length", f"too short for distances of up to config.data.recall.longest={task.longest}")
-    if 8 * task.pairs > length:
-        refuse("pairs", f"pairs and queries would fill more than half of {length} tokens; give {length // 8} or fewer")
-    if task.pairs > task.num_keys:
-        refuse("pairs", f"keys are unique in a document, and there are config.data.recall.num_keys={task.num_keys}")
+    if 2 * task.longest > length:
+        refuse("document_length", f"must be twice config.data.recall.longest={task.longest} or more: half is scored")
     if max(length, config.seq_len) % min(length, config.seq_len) or config.seq_len > length or config.seq_len % 4:
         refuse("document_length", f"must be a multiple of config.seq_len={config.seq_len}, itself a multiple of 4")
     size = 1 + task.num_fillers + task.num_keys + task.num_values
@@ -91,12 +92,49 @@ def check(config: Any) -> None:
         raise ConfigError("config.model.vocab_size", config.model.vocab_size, message)
 
 
-def make_documents(task: Any, count: int, purpose: str) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens uint16, scored bool), both [count * document_length + 1]; `purpose` names what is drawn."""
-    drawn = _Draws(purpose)
-    made = [_document(task, drawn) for _ in range(count)]
-    tokens, scored = (np.concatenate(parts) for parts in zip(*made, strict=True))
+def make_documents(task: Any, count: int, purpose: str, training: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens uint16, scored bool), both [count * document_length + 1]; `purpose` names what is drawn.
+
+    `training`: each document has a longest distance of its own, and all its answers are scored.
+    """
+    drawn, length = _Draws(purpose), task.document_length
+    first_key, first_value = 1 + task.num_fillers, 1 + task.num_fillers + task.num_keys
+    tokens = 1 + drawn.below(task.num_fillers, (count, length))
+    scored = np.zeros((count, length), bool)
+    names = first_key + np.argsort(drawn.raw((count, task.num_keys)), axis=1, kind="stable")
+    values = first_value + drawn.below(task.num_values, (count, task.num_keys))
+    octaves = np.full(count, int(np.log2(task.longest / task.shortest)))
+    if training:
+        octaves = 1 + drawn.below(octaves, (count,))
+    last, used = np.full((count, task.num_keys), NEVER), np.zeros(count, np.int64)
+    at = drawn.below(task.max_gap + 1, (count,))
+    while (at < length - 2).any():
+        key, asked = _next_keys(task, drawn, octaves, at[:, None] - last, used)
+        rows = np.nonzero((key >= 0) & (at < length - 2))[0]
+        place, key, asked = at[rows], key[rows], asked[rows]
+        tokens[rows, place], tokens[rows, place + 1] = names[rows, key], values[rows, key]
+        scored[rows, place + 1] = asked & (training | (place >= task.longest))
+        last[rows, key] = place
+        used[rows] += ~asked
+        at += 2 + drawn.below(task.max_gap + 1, (count,))
+    tokens[:, -1] = EOT
     return np.append(tokens, EOT).astype(np.uint16), np.append(scored, False)
+
+
+def _next_keys(task, drawn, octaves, age_DK, used) -> tuple[np.ndarray, np.ndarray]:
+    """(key, asked) [documents] of the next record of each: a bound key of a drawn octave of ages, else a new one.
+
+    Keys are bound in order 0, 1, ...; -1 where none of that age is bound and no new one is left.
+    """
+    documents = len(used)
+    new = drawn.raw((documents,)) < np.uint64(int(task.new_share * 2**64))
+    shortest = task.shortest * 2 ** drawn.below(octaves, (documents,))[:, None]
+    fits_DK = (age_DK >= shortest) & (age_DK < 2 * shortest) & ~new[:, None]
+    number = drawn.below(np.maximum(fits_DK.sum(1), 1), (documents,))[:, None]
+    asked = fits_DK.any(1)
+    key = np.argmax(fits_DK & (np.cumsum(fits_DK, axis=1) == number + 1), axis=1)
+    left = used < task.num_keys
+    return np.where(asked, key, np.where(left, used, -1)), asked
 
 
 class _Draws:
@@ -104,37 +142,13 @@ class _Draws:
 
     def __init__(self, purpose: str):
         digest = hashlib.blake2b(purpose.encode(), digest_size=16).digest()
-        self.raw = np.random.PCG64(int.from_bytes(digest))
+        self.generator = np.random.PCG64(int.from_bytes(digest))
 
-    def below(self, limit: int, count: int) -> np.ndarray:
-        return (self.raw.random_raw(count) % np.uint64(limit)).astype(np.int64)
+    def raw(self, shape: tuple[int, ...]) -> np.ndarray:
+        return self.generator.random_raw(int(np.prod(shape))).reshape(shape)
 
-
-def _document(task: Any, drawn: _Draws) -> tuple[np.ndarray, np.ndarray]:
-    length, octaves = task.document_length, int(np.log2(task.longest / task.shortest))
-    tokens = 1 + drawn.below(task.num_fillers, length)
-    tokens[-1] = EOT
-    scored, free = np.zeros(length, bool), np.ones(length, bool)
-    free[-1] = False
-    keys = 1 + task.num_fillers + np.argsort(drawn.raw.random_raw(task.num_keys), kind="stable")[: task.pairs]
-    values = 1 + task.num_fillers + task.num_keys + drawn.below(task.num_values, task.pairs)
-    shortest = task.shortest * 2 ** drawn.below(octaves, task.pairs)
-    distances = shortest + drawn.below(1 << 40, task.pairs) % shortest
-    for key, value, distance in zip(keys, values, distances, strict=True):
-        at = _room(free, int(distance), length - task.longest - 3, drawn)
-        for place in (at, at + distance):
-            tokens[place : place + 2] = key, value
-            free[place : place + 2] = False
-        scored[at + distance + 1] = True
-    return tokens, scored
-
-
-def _room(free: np.ndarray, distance: int, limit: int, drawn: _Draws) -> int:
-    """A place for a pair, and `distance` later for its query; the distance is kept, whatever place it takes."""
-    for at in drawn.below(limit, ATTEMPTS):
-        if free[at] and free[at + 1] and free[at + distance] and free[at + distance + 1]:
-            return int(at)
-    raise ConfigError("config.data.recall.pairs", None, "no room for them in a document; give fewer")
+    def below(self, limit: Any, shape: tuple[int, ...]) -> np.ndarray:
+        return (self.raw(shape) % np.asarray(limit, np.uint64)).astype(np.int64)
 
 
 def answers(corpus: Corpus) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -143,10 +157,8 @@ def answers(corpus: Corpus) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     documents = np.searchsorted(corpus.heldout_starts, positions, side="right") - 1
     distances = []
     for position, document in zip(positions, documents, strict=True):
-        start = corpus.heldout_starts[document]
-        key = corpus.heldout[position - 1]
-        first = start + int(np.argmax(corpus.heldout[start:position] == key))
-        distances.append(position - first - 1)
+        before = corpus.heldout[corpus.heldout_starts[document] : position - 1]
+        distances.append(len(before) - np.nonzero(before == corpus.heldout[position - 1])[0][-1])
     return positions, documents.astype(np.int32), np.array(distances, np.int32)
 
 
