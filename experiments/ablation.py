@@ -4,11 +4,13 @@
     python -m experiments.ablation --workdir=runs/study --seeds=42,43,44 --settings=independent,paired,recall
     python -m experiments.ablation --workdir=runs/texts --strategies=balanced,long_seq \
         --config.seed=1 --config.data.source=text --config.data.path=texts/
+    python -m experiments.ablation --workdir=runs/equal --memory=2GiB
     python -m experiments.ablation --report_only --workdir=experiments/results/stdlib/cpu
 
 Settings: `independent`, as the config says (each row from a place of its own); `paired`, in an order that gives every
 strategy the same tokens at each step; `recall`, the synthetic recall task. A strategy whose rows are as long as the
 blocks of the paired order is trained once for both.
+--memory gives each strategy on text the largest batch that fits so much of a device, instead of its own.
 Every --config.field=value goes to every run on text, every --recall.field=value, as --config.field=value, to every run
 on the recall task. The same command goes on where it was stopped.
 Exit codes: 0, all finished; 2, a mistake in the config, nothing run; else that of the first run that failed (the report
@@ -30,6 +32,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.flags import load_config
+from research import sizes
 from research.analysis import findings, report, study
 from research.analysis.study import SETTINGS, Key
 from research.analysis.tables import duration
@@ -106,6 +109,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--scale", default="cpu", help="of the configs: cpu (default) or published")
     parser.add_argument("--workdir", type=Path, required=True, help="each run gets a folder in it")
     parser.add_argument("--strategies", type=_names, default=list(STRATEGIES), help="names of configs/*.py")
+    parser.add_argument("--memory", default="", help="of a device, such as 24GiB: plans each strategy's batch size")
     parser.add_argument("--seeds", type=_names, default=[], help="such as 42,43,44; the config's own if not given")
     parser.add_argument("--settings", type=_names, default=["independent"], help=f"of {','.join(SETTINGS)}")
     mode = parser.add_mutually_exclusive_group()
@@ -122,6 +126,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         else:
             raise ConfigError("argument", given, "unknown; write overrides as --config.field=value")
     _check_arguments(arguments)
+    if arguments.memory:
+        arguments.overrides += ["--config.batch_size=-1", f"--config.memory_budget={arguments.memory}"]
     return arguments
 
 
@@ -133,6 +139,11 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
     for seed in arguments.seeds:
         if not seed.isdecimal():
             raise ConfigError("--seeds", seed, "give whole numbers, 0 or more, divided by commas")
+    if arguments.memory:
+        sizes.parse(arguments.memory, "--memory")
+        for name in ("batch_size", "memory_budget"):
+            if f"--config.{name}" in given:
+                raise ConfigError("--memory", arguments.memory, f"--config.{name} is given too; give one of them")
     if arguments.seeds and "--config.seed" in given:
         raise ConfigError("--seeds", ",".join(arguments.seeds), "--config.seed is given too; give one of them")
     if "paired" in arguments.settings and "--config.data.shuffle_block" in given:
@@ -194,11 +205,11 @@ def _file(strategy: str, scale: str) -> str:
 
 def check_all(planned: Sequence[Planned]) -> int:
     """Checks the config of every run, but of one seed each. Raises: ConfigError for the first mistake."""
-    from research import train  # in this child alone JAX starts
+    from research import planner, train  # in this child alone JAX starts
 
     first = {(run.key.strategy, run.key.setting): run for run in reversed(planned)}
     for run in first.values():
-        train.prepare(load_config(run.file, run.overrides))
+        train.prepare(planner.planned(load_config(run.file, run.overrides)))
     return 0
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from research.sharding import AXES, BATCH, TOKENS, varying
+from research.sharding import AXES, BATCH, TOKENS, platform, varying
 
 MAX_PIECES = 16  # of the queries: more would only lengthen compilation
 MASKED = -1e30
@@ -136,7 +136,7 @@ def _grouped_rows(q, k, v, q_segments, k_segments, key, start, chunk, dropout):
     """CPU: a row (one head of one sequence) at a time, so that its scores stay in cache; else all at once."""
     rows = q.shape[0]
     keys = None if key is None else jax.random.split(key, rows)
-    if jax.default_backend() != "cpu":
+    if platform() != "cpu":
         key = None if key is None else keys[0]
         return _flash(q, k, v, q_segments, k_segments, key, start, chunk, dropout)
 

@@ -16,7 +16,7 @@ class ConfigError(ValueError):
 CHOICES = {
     "model.activation": ("silu", "swiglu"),
     "model.dtype": ("float32", "bfloat16"),
-    "model.remat": ("none", "block"),
+    "model.remat": ("none", "block", "full"),
     "model.attention": ("auto", "xla", "chunked", "cudnn"),
     "model.moe": ("auto", "blocks", "ragged"),
     "optimizer.name": ("muon", "adamw"),

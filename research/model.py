@@ -85,9 +85,19 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, hidden_BTD: jax.Array, rotary: tuple, segments_BT: jax.Array | None):
+        halves = Block.mix, Block.think
+        if self.config.remat == "full":
+            halves = (nn.remat(half) for half in halves)
+        mix, think = halves
+        return think(self, mix(self, hidden_BTD, rotary, segments_BT))
+
+    def mix(self, hidden_BTD: jax.Array, rotary: tuple, segments_BT: jax.Array | None) -> jax.Array:
         c = self.config
         normed = rms_norm(hidden_BTD, self.weight("attention_norm", (c.d_model,), None), c.norm_epsilon)
-        hidden_BTD += dropout(self.attention(normed, rotary, segments_BT), c.dropout, self.key("dropout"))
+        return hidden_BTD + dropout(self.attention(normed, rotary, segments_BT), c.dropout, self.key("dropout"))
+
+    def think(self, hidden_BTD: jax.Array) -> tuple[jax.Array, dict]:
+        c = self.config
         normed = rms_norm(hidden_BTD, self.weight("moe_norm", (c.d_model,), None), c.norm_epsilon)
         out_BTD, sums = self.experts(normed)
         return hidden_BTD + dropout(out_BTD, c.dropout, self.key("dropout")), sums
@@ -102,7 +112,7 @@ class Block(nn.Module):
         v = jnp.einsum("btd,dhk->bthk", x_BTD, qkv[:, 2])
         rate = c.dropout if self.train else 0.0
         backend = attention.resolve_backend(
-            c.attention, jax.default_backend(), dropout=rate, masked=segments_BT is not None,
+            c.attention, sharding.platform(), dropout=rate, masked=segments_BT is not None,
             seq=jax.sharding.get_abstract_mesh().shape["seq"],
         )  # fmt: skip
         mixed_BTHK = attention.attend(
@@ -122,7 +132,7 @@ class Block(nn.Module):
         return moe.moe(
             x_BTD, router, weights, make_expert(c.activation, c.dropout),
             num_chosen=c.experts_per_token,
-            backend=grouped.resolve_backend(c.moe, jax.default_backend()),
+            backend=grouped.resolve_backend(c.moe, sharding.platform()),
             block=c.moe_block,
             noise=c.router_noise,
             noise_key=self.key("router"),
@@ -179,7 +189,7 @@ class MoETransformer(nn.Module):
         rotary = attention.rotary_tables(positions_BT, c.d_model // c.num_heads, c.rope_base)
 
         layers = nn.scan(
-            nn.remat(Block, prevent_cse=False) if c.remat == "block" else Block,
+            nn.remat(Block, prevent_cse=False) if c.remat in ("block", "full") else Block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True, "router": True},
             in_axes=nn.broadcast,

@@ -56,6 +56,12 @@ def make_mesh(mesh_config: Any, devices: Sequence[jax.Device] | None = None) -> 
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices[: math.prod(shape)])
 
 
+def platform() -> str:
+    """'cpu', 'gpu' or 'tpu': what the mesh in use is of, at hand or only compiled for."""
+    name = jax.sharding.get_abstract_mesh().abstract_device.platform
+    return "gpu" if name in ("cuda", "rocm") else name
+
+
 def shard_dim(ndim: int, dim: int, fsdp: bool) -> P:
     """The spec of a parameter: axis `dim` over the whole mesh when `fsdp`, else replicated."""
     return P(*[AXES if fsdp and i == dim else None for i in range(ndim)])

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from research import checkpoint, evaluate, flops, metrics, result, sharding, step
+from research import checkpoint, evaluate, flops, metrics, planner, result, sharding, step
 from research.config import num_steps, validate
 from research.data import stream, tokens
 from research.model import ModelConfig, MoETransformer
@@ -54,7 +54,7 @@ class Run:
 
 
 def prepare(config: Any) -> tuple[tokens.Corpus, dict[str, evaluate.Suite]]:
-    """The corpus and the held-out suites of a config; nothing compiles, and only the token cache is written.
+    """The corpus and the held-out suites of a (planned) config; nothing compiles, and only the token cache is written.
 
     Raises: ConfigError for every mistake in the config that a run would stop at.
     """
@@ -73,6 +73,7 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
     """
     clocks = metrics.Clocks()
     with clocks.measure("total"):
+        config = planner.planned(config, workdir)
         with clocks.measure("data"):
             corpus, suites = prepare(config)
         return _run(config, workdir, corpus, suites, clocks)

@@ -1,0 +1,78 @@
+"""Is the plan true? Runs real steps beside their predictions, each in a process of its own.
+
+    python -m experiments.memory_check --workdir=runs/frontier --most=4GiB
+
+Takes the cells of a frontier (experiments/memory_frontier.py) that was compiled for the device at hand and need at most
+--most: for each the planned batch and half of it. Writes check.json and the report again. Exit codes: 0; 2, a mistake.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from research import sizes
+from research.analysis import memory_report
+from research.analysis.study import write_text
+from research.config import ConfigError
+
+STEP = (sys.executable, "-m", "experiments.memory_step")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.memory_check", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--workdir", type=Path, required=True, help="of a frontier")
+    parser.add_argument("--most", default="4GiB", help="that a step may need (default 4GiB)")
+    arguments = parser.parse_args(argv)
+    try:
+        plan = memory_report.read(arguments.workdir)
+        most = sizes.parse(arguments.most, "--most")
+        if plan["absent"]:
+            raise ConfigError("--workdir", str(arguments.workdir), f"is a plan for {plan['target']}, which is not here")
+        todo = [run for run in runs(plan) if run["predicted"] <= most]
+        if not todo:
+            raise ConfigError("--most", arguments.most, "no cell needs so little")
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    failed = 0
+    for number, run in enumerate(todo, 1):
+        print(f"{number} of {len(todo)}: {run['overrides']}", file=sys.stderr, flush=True)
+        run |= measure(plan["config"], [*plan["given"], *run["overrides"].split()])
+        failed += run["measured"] is None
+        write_text(arguments.workdir / "check.json", json.dumps(todo[:number], indent=1) + "\n")
+    print(memory_report.write(arguments.workdir))
+    return int(bool(failed))
+
+
+def runs(plan: dict[str, Any]) -> list[dict[str, Any]]:
+    """The planned batch of each cell, and half of it (whose prediction the step itself makes)."""
+    found = []
+    for cell in plan["cells"]:
+        for batch in dict.fromkeys((cell["batch"], cell["batch"] // 2 // cell["unit"] * cell["unit"])):
+            if batch:
+                overrides = memory_report.overrides(cell | dict(batch=batch))
+                found.append(dict(overrides=overrides, predicted=cell["total"], choice=cell["choice"], batch=batch,
+                                  seq_len=cell["seq_len"]))  # fmt: skip
+    return found
+
+
+def measure(config: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """What a step takes: `predicted`, `measured` (bytes) and `seconds`; None in each where it failed, and `error`."""
+    command = [*STEP, f"--config={config}", "--workdir=-", *overrides]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        error = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        print(f"failed: {error}", file=sys.stderr)
+        return dict(measured=None, seconds=None, error=error)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

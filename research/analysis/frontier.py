@@ -1,0 +1,155 @@
+"""The memory frontier: for each length the largest batch whose step fits a budget, from compiled programs alone.
+
+Memory is close to affine in the batch, so a line through two compiled programs finds the largest batch, and two more
+prove it: that batch fits, and one row (a device, a microbatch) more does not.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from research import sizes
+from research.analysis import memory
+from research.analysis.programs import Programs
+from research.config import ConfigError
+
+GROWTH = 64  # times the largest batch that is known to fit: no guess goes further
+SECANTS = 10  # measurements; memory that is so far from affine is halved instead
+GUESS = 1 << 15  # tokens a step, where nothing is known
+LIMIT = 1 << 20  # units of a batch: no one trains with more
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The largest number of units that fits (0: none), its bytes, and the bytes of one unit more."""
+
+    units: int
+    bytes: int
+    next_bytes: int
+
+
+def largest(measure: Callable[[int], int], budget: int, guess: int = 2, empty: int = 0) -> Found:
+    """The largest u with measure(u) <= budget, where measure(u) grows with u.
+
+    `guess`, and `empty`, about what no unit at all would take, save calls if they are near.
+    Raises: OverflowError where LIMIT units fit.
+    """
+    known = {0: empty}
+    fits, fails, trial = 0, math.inf, max(1, guess)
+    while fails - fits > 1:
+        known[trial] = measure(trial)
+        if known[trial] <= budget:
+            fits = trial
+        else:
+            fails = trial
+        if fits >= LIMIT:
+            raise OverflowError
+        trial = _next_trial(known, fits, fails, budget)
+    return Found(fits, known[fits] if fits else 0, known[fits + 1])
+
+
+def _next_trial(known: dict[int, int], fits: int, fails: float, budget: int) -> int:
+    """Where a line crosses the budget: between the bounds, or beyond the two largest while nothing has failed.
+
+    The crossing should fit and the next one up should not: each is tried in its turn.
+    """
+    least, most = fits + 1, GROWTH * max(fits, 1) if fails == math.inf else int(fails) - 1
+    if len(known) > SECANTS:
+        return most if fails == math.inf else (least + most) // 2
+    u, v = sorted(known)[-2:] if fails == math.inf else (fits, int(fails))
+    crossing = math.floor(u + (budget - known[u]) * (v - u) / (known[v] - known[u])) if known[v] > known[u] else most
+    return min(max(crossing, least), most)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One point of a frontier: `batch` rows of `seq_len` tokens fit (0: not even `unit`, the least that a mesh takes).
+
+    `choice`: fields of the config that it was planned with. Bytes are of one device, of the training step at `batch`
+    rows, at `unit` rows more, and of the evaluation step.
+    """
+
+    seq_len: int
+    choice: dict[str, Any]
+    batch: int
+    unit: int
+    train: memory.Usage | None
+    next_bytes: int
+    eval_bytes: int
+    state: dict[str, int]
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.seq_len
+
+    def overrides(self) -> str:
+        """Arguments that make a run of it."""
+        fields = dict(batch_size=self.batch, seq_len=self.seq_len) | self.choice
+        return " ".join(f"--config.{name}={value}".replace("True", "true") for name, value in fields.items())
+
+
+def frontier(
+    config: Any, budget: int, lengths: Sequence[int], choices: Sequence[dict[str, Any]], programs: Programs
+) -> Iterator[Cell]:
+    """A cell for each choice and length. Raises: ConfigError for a length or choice that cannot run on the mesh."""
+    for choice in choices:
+        tokens = max(1, config.batch_size) * config.seq_len  # a guess; then what fits at the length before
+        for length in sorted(lengths):
+            given = with_fields(config, choice | dict(seq_len=length))
+            cell = plan(given, budget, programs, tokens, choice)
+            tokens = cell.tokens or tokens
+            yield cell
+
+
+def plan(
+    config: Any, budget: int, programs: Programs, tokens: int = GUESS, choice: dict[str, Any] | None = None
+) -> Cell:
+    """The largest batch of a config's length in `budget` bytes a device; `tokens`: about as many fit a step."""
+    mesh = memory.mesh_of(config, programs.target)
+    unit = mesh.shape["data"] * config.train.accumulation
+
+    def measure(units: int) -> int:
+        return programs.usage(with_fields(config, dict(batch_size=units * unit))).total
+
+    first = with_fields(config, dict(batch_size=unit))
+    state = memory.state_bytes(first, programs.target)
+    evaluation = programs.usage(first, "eval").total
+    if evaluation > budget:
+        raise ConfigError(
+            "config.eval.batch_tokens", config.eval.batch_tokens,
+            f"evaluation alone needs {sizes.show(evaluation)} of {sizes.show(budget)} at length {config.seq_len};"
+            " lower it",
+        )  # fmt: skip
+    try:
+        found = largest(measure, budget, max(2, tokens // config.seq_len // unit), sum(state.values()))
+    except OverflowError:
+        raise ConfigError("budget", sizes.show(budget), f"more than {LIMIT} rows of {config.seq_len} fit") from None
+    batch = found.units * unit
+    usage = programs.usage(with_fields(config, dict(batch_size=batch))) if batch else None
+    return Cell(config.seq_len, choice or {}, batch, unit, usage, found.next_bytes, evaluation, state)
+
+
+def with_fields(config: Any, fields: dict[str, Any]) -> ConfigDict:
+    """A copy of a config with some fields set, by dotted names."""
+    changed = ConfigDict(config.to_dict())
+    for name, value in fields.items():
+        *groups, last = name.split(".")
+        inner = changed
+        for group in groups:
+            inner = inner[group]
+        inner[last] = value
+    return changed
+
+
+def too_small(field: str, budget: str, cells: Iterable[Cell]) -> ConfigError:
+    """The error of a budget that holds no step, with the least that would."""
+    least = min(cells, key=lambda cell: cell.next_bytes)
+    state = sum(least.state.values())
+    return ConfigError(
+        field, budget,
+        f"too small for a step: {least.unit} x {least.seq_len} needs {sizes.show(least.next_bytes)}, of which"
+        f" {sizes.show(state)} are parameters and optimiser state",
+    )  # fmt: skip

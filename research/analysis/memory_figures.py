@@ -1,0 +1,162 @@
+"""The figures of a memory frontier: iso-memory curves, the law, and predictions beside measurements."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator
+
+from research.analysis import memory_report
+from research.analysis.original import ORIGINAL
+from research.analysis.style import FAINT, INK, LOOK, save, styles_of
+
+ALTS = {
+    "frontier": "The largest batch that fits against the length, and the tokens a step along it",
+    "law": "Memory of a step against its length, at fixed batch and at equal tokens",
+    "check": "Measured against predicted memory of real steps",
+}
+GIB = 2**30
+
+
+def draw(plan: dict[str, Any], checked: Sequence[dict[str, Any]], folder: Path) -> set[str]:
+    """Draws what there are numbers for into `folder`, as SVG and PNG; returns the names."""
+    measured = [run for run in checked if run["measured"] is not None]
+    figures = {}
+    with matplotlib.rc_context(LOOK):
+        if any(cell["batch"] for cell in plan["cells"]):
+            figures["frontier"] = frontier_figure(plan)
+        if plan["law"]:
+            figures["law"] = law_figure(plan)
+        if measured:
+            figures["check"] = check_figure(measured)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, figure in figures.items():
+            save(figure, folder, name)
+    return set(figures)
+
+
+def frontier_figure(plan: dict[str, Any]) -> Figure:
+    """Left: batch against length on log scales, one curve a choice, and lines of equal tokens. Right: tokens a step."""
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for cell in plan["cells"]:
+        if cell["batch"]:
+            curves.setdefault(memory_report.label(cell["choice"]), []).append(cell)
+    figure = Figure(figsize=(9.6, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    styles = styles_of(list(curves))
+    for name, cells in curves.items():
+        lengths = [cell["seq_len"] for cell in cells]
+        look = dict(label=name, markeredgecolor="white", **styles[name])
+        left.plot(lengths, [cell["batch"] for cell in cells], **look)
+        right.plot(lengths, [cell["tokens"] for cell in cells], **look)
+    lengths = sorted({cell["seq_len"] for cell in plan["cells"]})
+    if plan["scale"] == "published":
+        theirs = [o for o in ORIGINAL if o.seq_len in lengths]
+        mark = dict(marker="*", color=INK, markersize=13, linestyle="none", label="original, by trial and error")
+        left.plot([o.seq_len for o in theirs], [o.batch_size for o in theirs], **mark)
+        right.plot([o.seq_len for o in theirs], [o.batch_size * o.seq_len for o in theirs], **mark)
+    for axes in (left, right):
+        _length_axis(axes, lengths)
+    left.set_yscale("log", base=2)
+    left.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    _equal_tokens(left, lengths)
+    left.set_ylabel("largest batch that fits (sequences)")
+    right.set_ylim(bottom=0)
+    right.yaxis.set_major_formatter(EngFormatter(sep=""))
+    right.set_ylabel("tokens a step")
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)), handlelength=3.4)
+    figure.supxlabel(
+        f"{plan['budget']} a device, compiled for {plan['target']};  dotted: equal tokens a step",
+        fontsize=9,
+        color="#666666",
+    )
+    return figure
+
+
+def _equal_tokens(axes: Axes, lengths: Sequence[int]) -> None:
+    """Dotted lines of equal tokens a step, each written where it leaves the panel on the left."""
+    low, high = axes.get_ylim()
+    left, right = axes.get_xlim()
+    axes.set_autoscale_on(False)
+    for power in range(8, 28, 2):
+        x = np.array([left, right])
+        axes.plot(x, 2.0**power / x, color=FAINT, linestyle=":", linewidth=0.9, zorder=0.5)
+        at = 2.0**power / left
+        if low * 1.2 < at < high / 1.1:
+            axes.annotate(
+                f"{2**power:,}", (left, at), (3, 2), textcoords="offset points", fontsize=7.5, color="#777777"
+            )
+
+
+def _length_axis(axes: Axes, lengths: Sequence[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(lengths))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set_xlim(min(lengths) / 1.5, max(lengths) * 1.3)
+    axes.set_xlabel("length (tokens a row, log scale)")
+
+
+def law_figure(plan: dict[str, Any]) -> Figure:
+    """Memory against length at a fixed batch, and at equal tokens a step: points are programs, lines the fitted law."""
+    figure = Figure(figsize=(9.6, 4.1), layout="constrained")
+    panels = figure.subplots(1, 2)
+    styles = styles_of([law["attention"] for law in plan["law"]])
+    for law in plan["law"]:
+        style = styles[law["attention"]]
+        points = {(p["batch"], p["seq_len"]): p["bytes"] for p in law["points"]}
+        batches, lengths = sorted({b for b, _ in points}), sorted({t for _, t in points})
+        fixed = [(batches[0], t) for t in lengths]
+        tokens = max({b * t for b, t in points}, key=lambda n: (sum(b * t == n for b, t in points), n))
+        equal = sorted((k for k in points if k[0] * k[1] == tokens), key=lambda k: k[1])
+        a, b, c = (law["fit"][name]["value"] for name in "abc")
+        for axes, keys, title in zip(
+            panels,
+            (fixed, equal),
+            (f"Fixed batch ({batches[0]} rows)", f"Equal tokens ({tokens:,} a step)"),
+            strict=True,
+        ):
+            x = np.geomspace(keys[0][1], keys[-1][1], 60)
+            rows = np.full_like(x, batches[0]) if keys is fixed else tokens / x
+            axes.plot(x, (a + b * rows * x + c * rows * x**2) / GIB, color=style["color"], linestyle=style["linestyle"])
+            axes.plot([k[1] for k in keys], [points[k] / GIB for k in keys], style["marker"], color=style["color"],
+                      markeredgecolor="white", label=law["attention"])  # fmt: skip
+            _length_axis(axes, [k[1] for k in keys])
+            axes.set_title(title)
+            axes.set_ylim(bottom=0)
+            axes.set_ylabel("memory of a step (GiB a device)")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), title="attention")
+    figure.supxlabel(
+        f"compiled for {plan['target']};  points: programs, lines: a + b B T + c B T²", fontsize=9, color="#666666"
+    )
+    return figure
+
+
+def check_figure(measured: Sequence[dict[str, Any]]) -> Figure:
+    """Measured over predicted memory, each step a point; the band is 10 %."""
+    figure = Figure(figsize=(5.6, 4.6), layout="constrained")
+    axes = figure.subplots()
+    names = list(dict.fromkeys(memory_report.label(run["choice"]) for run in measured))
+    styles = styles_of(names)
+    for name in names:
+        runs = [run for run in measured if memory_report.label(run["choice"]) == name]
+        style = styles[name]
+        axes.plot([r["predicted"] / GIB for r in runs], [r["measured"] / GIB for r in runs], style["marker"],
+                  color=style["color"], markeredgecolor="white", label=name)  # fmt: skip
+    ends = np.array([0.9 * min(r["predicted"] for r in measured), 1.1 * max(r["predicted"] for r in measured)]) / GIB
+    axes.plot(ends, ends, color=FAINT, linewidth=1.2)
+    axes.fill_between(ends, 0.9 * ends, 1.1 * ends, color=FAINT, alpha=0.15, lw=0)
+    for axis in (axes.xaxis, axes.yaxis):
+        (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)("log", base=2)
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlabel("predicted by the compiled program (GiB)")
+    axes.set_ylabel("measured while it runs (GiB)")
+    axes.legend(loc="upper left", fontsize=9)
+    axes.set_title("line: equal;  band: 10 %", fontsize=9, color="#666666")
+    return figure

@@ -1,0 +1,129 @@
+"""A frontier as one JSON value: its cells, and on request their parts and the law of memory, from compiled programs."""
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from research import metrics, sizes
+from research.analysis import frontier, memory_law
+from research.analysis.frontier import with_fields
+from research.analysis.parts import parts as parts_of
+from research.analysis.programs import Programs
+from research.config import ConfigError
+from research.target import Target
+
+LAW_BATCHES = (2, 4, 8)
+
+
+def make(
+    config: Any, target: Target, budget: str, lengths: Sequence[int], choices: Sequence[dict[str, Any]],
+    *, law: bool = False, parts: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """{'target', 'cells', 'law', ...}: see `frontier.frontier`, `parts.parts`, `memory_law.fit`.
+
+    Says on stderr what is being compiled. Raises: ConfigError for what cannot run there, or where nothing fits.
+    """
+    size = sizes.parse(budget, "--budget")
+    backends = law_backends(config, target) if law else []
+    grid = law_lengths(lengths) if law else []
+    total = len(lengths) * len(choices) + len(backends) * len(grid) * len(LAW_BATCHES)
+    with _progress(total) as progress:
+        programs = Programs(target, progress.saying)
+        found, cells = [], []
+        for cell in frontier.frontier(config, size, lengths, choices, programs):
+            found.append(cell)
+            cells.append(_entry(cell))
+            if parts and cell.batch:
+                fields = cell.choice | dict(seq_len=cell.seq_len, batch_size=cell.batch)
+                cells[-1]["parts"] = parts_of(with_fields(config, fields), programs)
+            progress.done()
+        if not any(cell.batch for cell in found):
+            raise frontier.too_small("--budget", budget, found)
+        laws = [_law(config, backend, grid, programs, progress) for backend in backends]
+    return dict(
+        target=target.name,
+        absent=target.absent,
+        platform=target.platform,
+        versions=target.versions,
+        environment=metrics.environment(),
+        budget=budget,
+        budget_bytes=size,
+        scale=config.scale,
+        cells=cells,
+        law=laws,
+        compute=memory_law.compute_ratios(config.model, grid),
+    )
+
+
+def _entry(cell: frontier.Cell) -> dict[str, Any]:
+    entry = dataclasses.asdict(cell) | dict(tokens=cell.tokens)
+    return entry | dict(total=cell.train.total if cell.train else None)
+
+
+def law_backends(config: Any, target: Target) -> list[str]:
+    """Attention backends whose laws can be told apart on a target."""
+    fused = target.platform == "gpu" and config.model.dropout == 0 and not config.data.mask_documents
+    return ["xla", "chunked"] + (["cudnn"] if fused else [])
+
+
+def law_lengths(lengths: Sequence[int]) -> list[int]:
+    """The shortest length, doubled up to the longest. Raises: ConfigError where they span less than four times."""
+    shortest, longest = min(lengths), max(lengths)
+    if longest < 4 * shortest:
+        text = ",".join(str(length) for length in lengths)
+        raise ConfigError("--lengths", text, "the law of memory needs lengths that span four times or more")
+    found = [shortest]
+    while 2 * found[-1] <= longest:
+        found.append(2 * found[-1])
+    return found
+
+
+def _law(config, backend, lengths, programs, progress) -> dict[str, Any]:
+    points = []
+    for length in lengths:
+        for batch in LAW_BATCHES:
+            fields = {"model.attention": backend, "seq_len": length, "batch_size": batch}
+            points.append(memory_law.Point(batch, length, programs.usage(with_fields(config, fields)).total))
+            progress.done()
+    fitted = memory_law.fit(points)
+    ratios = memory_law.ratios(points, fitted["a"]["value"])
+    verdict, text = memory_law.verdict(ratios)
+    return dict(
+        attention=backend, points=[dataclasses.asdict(p) for p in points], fit=fitted, ratios=ratios,
+        verdict=verdict, evidence=text,
+    )  # fmt: skip
+
+
+class _Waiting:
+    """Says what is being compiled: on a terminal a bar, else a line for each program."""
+
+    def __init__(self, bar: Progress | None, total: int):
+        self._bar, self._done, self._total = bar, 0, total
+        self._task = bar.add_task("", total=total) if bar else None
+
+    def saying(self, text: str) -> None:
+        if self._bar:
+            self._bar.update(self._task, description=f"compiling {text}")
+        else:
+            print(f"[{self._done}/{self._total}] compiling {text}", file=sys.stderr, flush=True)
+
+    def done(self) -> None:
+        self._done += 1
+        if self._bar:
+            self._bar.advance(self._task)
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[_Waiting]:
+    if not sys.stderr.isatty():
+        yield _Waiting(None, total)
+        return
+    columns = (
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    )  # fmt: skip
+    with Progress(*columns, transient=True) as bar:
+        yield _Waiting(bar, total)

@@ -1,0 +1,80 @@
+"""What compiled programs need, kept on disk: one small file for each (config, target, versions, code).
+
+A program is compiled again whenever anything that it depends on has changed: a field of the model, the optimiser or the
+mesh, the batch, the target, the version of a compiler, or a line of the code that it is traced from.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from research.analysis import memory
+from research.analysis.study import write_text
+from research.data.tokens import cache_root
+from research.target import Target
+
+KINDS = {"train": memory.train_usage, "eval": memory.eval_usage}
+SOURCES = ("attention", "evaluate", "grouped", "loss", "model", "moe", "optimizer", "sharding", "step")
+
+
+@dataclasses.dataclass
+class Programs:
+    """Usages of programs on one target; `compiled` counts those that were not on disk. `saying` hears of each."""
+
+    target: Target
+    saying: Callable[[str], None] = lambda text: None
+    compiled: int = 0
+
+    def usage(self, config: Any, kind: str = "train") -> memory.Usage:
+        """Of the 'train' or 'eval' step of a config. Raises: ConfigError as `memory.train_usage` does."""
+        path = cache_root(config) / "memory" / f"{key(config, kind, self.target)}.json"
+        found = _read(path)
+        if found is None:
+            self.saying(describe(config, kind))
+            found = KINDS[kind](config, self.target)
+            self.compiled += 1
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps(dataclasses.asdict(found)) + "\n")
+        return found
+
+
+def describe(config: Any, kind: str) -> str:
+    """A program in a few words, for those who wait for it."""
+    if kind == "eval":
+        return f"evaluation at length {config.seq_len}"
+    return f"step of {config.batch_size} x {config.seq_len}, remat {config.model.remat}"
+
+
+def key(config: Any, kind: str, target: Target) -> str:
+    """A hash of all that the program of a config depends on."""
+    if kind == "eval":
+        config = memory.without_remat(config)
+    shape = (config.batch_size, config.train.accumulation) if kind == "train" else (config.eval.batch_tokens,)
+    fields = dict(
+        kind=kind,
+        shape=(config.seq_len, *shape),
+        model=config.model.to_dict(),
+        optimizer=config.optimizer.to_dict(),
+        mesh=config.mesh.to_dict(),
+        mask_documents=config.data.mask_documents,
+        target=(target.name, len(target.devices), target.platform, target.versions, target.compiler_options),
+        code=_code(),
+    )
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _code() -> str:
+    folder = Path(__file__).resolve().parents[1]
+    content = b"".join((folder / f"{name}.py").read_bytes() for name in SOURCES)
+    return hashlib.sha256(content).hexdigest()
+
+
+def _read(path: Path) -> memory.Usage | None:
+    """None where there is no such file, or a damaged one: then the program is compiled, and the file written again."""
+    try:
+        return memory.Usage(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None

@@ -1,0 +1,57 @@
+"""config.batch_size=-1: as many rows as fit config.memory_budget, from compiled programs (analysis/frontier.py)."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from research import sizes, target
+from research.analysis import frontier
+from research.analysis.programs import Programs
+from research.config import ConfigError
+
+
+def planned(config: Any, workdir: str | None = None) -> Any:
+    """The config with its batch size filled in and, where a budget is given, seen to fit it.
+
+    A run that goes on in `workdir` keeps the number that it began with, whatever a newer compiler would say.
+    Raises: ConfigError where there is no budget, where not even one row fits (saying what would), or where a batch size
+    is given that does not fit the budget that is given too.
+    """
+    if config.batch_size == -1 and not config.memory_budget:
+        message = "plans the largest that fits: give config.memory_budget, such as 24GiB"
+        raise ConfigError("config.batch_size", -1, message)
+    if not config.memory_budget:
+        return config
+    budget = sizes.parse(config.memory_budget, "config.memory_budget")
+    begun = _begun(config, workdir)
+    if config.batch_size == -1 and begun is not None:
+        return frontier.with_fields(config, dict(batch_size=begun)).lock()
+    programs = Programs(target.at_hand(), lambda text: print(f"compiling {text}", file=sys.stderr, flush=True))
+    if config.batch_size != -1:
+        needed = programs.usage(config).total
+        if needed > budget:
+            message = f"a step needs {sizes.show(needed)}, more than config.memory_budget={config.memory_budget}"
+            raise ConfigError("config.batch_size", config.batch_size, f"{message}; lower it, or plan it by -1")
+        return config
+    cell = frontier.plan(config, budget, programs)
+    if not cell.batch:
+        raise frontier.too_small("config.memory_budget", config.memory_budget, [cell])
+    print(
+        f"batch size {cell.batch}: a step of {cell.batch} x {cell.seq_len} needs {sizes.show(cell.train.total)} of"
+        f" {config.memory_budget} a device; {cell.batch + cell.unit} would need {sizes.show(cell.next_bytes)}",
+        file=sys.stderr,
+    )
+    return frontier.with_fields(config, dict(batch_size=cell.batch)).lock()
+
+
+def _begun(config: Any, workdir: str | None) -> int | None:
+    """The batch size of the run that is in `workdir`, if it was planned for the same budget."""
+    path = Path(workdir or "") / "config.json"
+    if workdir is None or not path.exists():
+        return None
+    try:
+        known = json.loads(path.read_text())
+    except ValueError:
+        return None  # checkpoint.claim_workdir says what is wrong with it
+    return known.get("batch_size") if known.get("memory_budget") == config.memory_budget else None

@@ -1,0 +1,170 @@
+"""The largest batch that fits is the one that trying them all finds, with few programs compiled."""
+
+import json
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from research import planner, sizes, target
+from research.analysis import frontier, memory, programs
+from research.config import ConfigError
+from tests.small import small_config
+
+
+class Counted:
+    """A measure that remembers what it was asked."""
+
+    def __init__(self, function):
+        self.function, self.asked = function, []
+
+    def __call__(self, units: int) -> int:
+        self.asked.append(units)
+        return self.function(units)
+
+
+@given(
+    fixed=st.integers(0, 10**5), slope=st.integers(100, 10**4), bend=st.integers(0, 3), step=st.integers(1, 9),
+    budget=st.integers(1, 3 * 10**5), guess=st.integers(1, 500),
+)  # fmt: skip
+@settings(deadline=None, max_examples=200)
+def test_it_is_what_trying_them_all_finds(fixed, slope, bend, step, budget, guess):
+    def measure(units):  # affine, curved, and in steps as chunks make them
+        return fixed + slope * math.ceil(units / step) * step + bend * units**2
+
+    counted = Counted(measure)
+    found = frontier.largest(counted, budget, guess, empty=fixed // 2)
+    wanted = 0
+    while measure(wanted + 1) <= budget:
+        wanted += 1
+    assert found.units == wanted
+    assert found.next_bytes == measure(wanted + 1) > budget
+    assert found.bytes == (measure(wanted) if wanted else 0)
+    assert len(counted.asked) == len(set(counted.asked))  # none twice
+
+
+@pytest.mark.parametrize("guess", [1, 7, 100, 4000])
+def test_affine_memory_takes_five_measurements_at_most(guess):
+    counted = Counted(lambda units: 1000 + 37 * units)
+    assert frontier.largest(counted, 50_000, guess, empty=900).units == (50_000 - 1000) // 37
+    assert len(counted.asked) <= 5
+
+
+def test_what_always_fits_is_said():
+    with pytest.raises(OverflowError):
+        frontier.largest(lambda units: 5, 10)
+
+
+def config_of(tmp_path, **fields):
+    config = small_config(remat="none")
+    config.data.cache_dir = str(tmp_path)
+    config.eval.batch_tokens = 64
+    config.train.steps = 10
+    return frontier.with_fields(config, dict(batch_size=4, seq_len=16) | fields)
+
+
+@pytest.fixture(scope="module")
+def here():
+    return target.at_hand()
+
+
+def one_device(config):
+    return frontier.with_fields(config, {"mesh.data": 1})
+
+
+def test_the_planned_batch_fits_and_one_more_does_not(tmp_path, here):
+    config = one_device(config_of(tmp_path))
+    compiled = programs.Programs(here)
+    budget = memory.train_usage(frontier.with_fields(config, dict(batch_size=5)), here).total
+    cell = frontier.plan(config, budget, compiled)
+    brute = [memory.train_usage(frontier.with_fields(config, dict(batch_size=b)), here).total for b in range(1, 8)]
+    assert cell.batch == sum(b <= budget for b in brute) == 5
+    assert brute == sorted(brute)  # a larger batch never takes less
+    assert cell.train.total == brute[4] <= budget < cell.next_bytes == brute[5]
+    planned = frontier.with_fields(config, dict(batch_size=math.ceil(1.1 * cell.batch), memory_budget=f"{budget}B"))
+    with pytest.raises(ConfigError, match="config.batch_size=6: a step needs"):
+        planner.planned(planned)
+
+
+def test_a_batch_of_minus_one_is_filled_in(tmp_path):
+    config = one_device(config_of(tmp_path, batch_size=-1, memory_budget="2MiB", **{"train.accumulation": 2}))
+    found = planner.planned(config)
+    assert found.batch_size > 0 and found.batch_size % 2 == 0  # whole microbatches
+    assert found.is_locked and planner.planned(found) is found  # and stays
+    (tmp_path / "config.json").write_text(json.dumps(frontier.with_fields(found, dict(batch_size=4)).to_dict()))
+    assert planner.planned(config, str(tmp_path)).batch_size == 4  # a run keeps what it began with
+    larger = frontier.with_fields(config, dict(memory_budget="3MiB"))
+    assert planner.planned(larger, str(tmp_path)).batch_size > found.batch_size
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(batch_size=-1), "config.batch_size=-1: plans the largest that fits: give config.memory_budget"),
+        (dict(batch_size=-1, memory_budget="1KiB"), "config.eval.batch_tokens=64: evaluation alone needs"),
+        (
+            dict(batch_size=-1, memory_budget="520KiB"),
+            "config.memory_budget='520KiB': too small for a step: 1 x 16 needs",
+        ),
+        (dict(batch_size=-1, memory_budget="24 bananas"), "config.memory_budget='24 bananas': not a size of memory"),
+    ],
+)
+def test_a_budget_that_cannot_be_is_one_line(tmp_path, fields, message):
+    config = one_device(config_of(tmp_path, **fields))
+    with pytest.raises(ConfigError) as error:
+        planner.planned(config)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_a_compiled_program_is_kept_and_a_changed_one_compiled_again(tmp_path, here):
+    config = one_device(config_of(tmp_path))
+    first = programs.Programs(here)
+    wanted = first.usage(config)
+    again = programs.Programs(here)
+    assert again.usage(config) == wanted and again.compiled == 0
+    changes = [
+        dict(batch_size=8), dict(seq_len=32), {"model.d_ff": 128}, {"model.remat": "block"}, {"train.accumulation": 2},
+        {"optimizer.name": "adamw"}, {"mesh.fsdp": True}, {"data.mask_documents": True},
+    ]  # fmt: skip
+    keys = {programs.key(frontier.with_fields(config, change), "train", here) for change in changes}
+    keys |= {programs.key(config, "train", here), programs.key(config, "eval", here)}
+    assert len(keys) == len(changes) + 2
+    assert programs.key(frontier.with_fields(config, {"train.steps": 7, "seed": 1}), "train", here) == programs.key(
+        config, "train", here
+    )
+    damaged = next((tmp_path / "memory").glob("*.json"))
+    damaged.write_text("{")
+    assert again.usage(config) == wanted and again.compiled == 1
+
+
+def test_evaluation_counts_the_optimizer_state_and_not_remat(tmp_path, here):
+    config = one_device(config_of(tmp_path))
+    found = memory.eval_usage(config, here)
+    state = memory.state_bytes(config, here)
+    assert found.total > sum(state.values())
+    assert programs.key(frontier.with_fields(config, {"model.remat": "block"}), "eval", here) == programs.key(
+        config, "eval", here
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("24G", 24 * 2**30), ("24GiB", 24 * 2**30), ("24GB", 24 * 10**9), ("1.5 MiB", 3 * 2**19), ("800", 800),
+     ("64b", 64), ("2tib", 2**41)],
+)  # fmt: skip
+def test_sizes_are_read_as_coreutils_reads_them(text, size):
+    assert sizes.parse(text, "--budget") == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "0", "24GiBs", "1e3", "24 G B", "0.2B"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ConfigError, match="--budget=.*not a size of memory"):
+        sizes.parse(text, "--budget")
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(512, "512 B"), (1536, "1.50 KiB"), (24 * 2**30, "24.00 GiB"), (2**30 * 200, "200 GiB")]
+)
+def test_sizes_are_shown_with_three_digits(size, text):
+    assert sizes.show(size) == text

@@ -1,0 +1,252 @@
+"""What compiled programs say of memory: counted by hand, told apart, fitted, and seen when a step really runs."""
+
+import functools
+import json
+import math
+
+import numpy as np
+import pytest
+
+from experiments import memory_check, memory_frontier
+from experiments.flags import load_config
+from research import flops, sharding, target
+from research.analysis import frontier, memory, memory_law, memory_plan, memory_report, parts, programs
+from research.config import ConfigError
+from tests.small import small_config
+
+
+@pytest.fixture(scope="module")
+def here():
+    return target.at_hand(8)
+
+
+def config_of(**fields):
+    config = small_config(remat="none")
+    config.train.steps = 10
+    return frontier.with_fields(config, {"batch_size": 4, "seq_len": 32, "mesh.data": 1} | fields)
+
+
+@functools.cache
+def compiled(fields: tuple):
+    return memory.train_usage(config_of(**dict(fields)), target.at_hand(8))
+
+
+def usage(**fields):
+    """Of a step of `config_of(**fields)`; compiled once for all tests."""
+    return compiled(tuple(sorted(fields.items())))
+
+
+def test_arguments_and_aliases_are_those_counted_by_hand(here):
+    config = config_of()
+    found, state = usage(), memory.state_bytes(config, here)
+    model = config.model
+    counts = flops.parameter_counts(model)["total"]
+    adamw = model.vocab_size * model.d_model + (2 * model.num_layers + 1) * model.d_model  # embedding and norms
+    assert state["parameters"] == 4 * counts
+    moments = 4 * (counts - adamw + 2 * adamw)  # Muon's momentum; AdamW's two moments
+    assert moments <= state["optimizer"] <= moments + 64  # and step counts
+    batch = 2 * 4 * 4 * 32  # inputs and targets, int32
+    assert found.arguments == sum(state.values()) + batch + 4 + 8  # step, key
+    assert found.aliased >= sum(state.values())  # donated: written over
+    assert found.total == found.arguments + found.outputs + found.temporaries - found.aliased
+    assert found.total >= 2 * state["parameters"] + state["optimizer"]  # gradients at least
+
+
+def test_more_rows_or_longer_ones_take_more():
+    assert usage().total < usage(batch_size=8).total < usage(batch_size=8, seq_len=64).total
+    assert usage().total < usage(seq_len=64).total
+
+
+def test_scores_that_are_kept_are_counted():
+    found = {name: usage(seq_len=256, **{"model.attention": name}).total for name in ("xla", "chunked")}
+    assert found["xla"] - found["chunked"] > 4 * 4 * 256 * 256 * 4  # B H T T float32
+
+
+def test_recomputing_and_microbatches_take_less():
+    fields = dict(batch_size=8, seq_len=64)
+    assert usage(**fields, **{"model.remat": "block"}).total < usage(**fields).total
+    assert usage(**fields, **{"train.accumulation": 4}).total < usage(**fields).total
+
+
+@pytest.mark.parametrize(("data", "seq", "fsdp"), [(8, 1, False), (2, 4, False), (1, 8, False), (8, 1, True)])
+def test_each_device_of_a_mesh_holds_its_part(here, data, seq, fsdp):
+    fields = dict(batch_size=8, seq_len=64)
+    mesh = {"mesh.data": data, "mesh.seq": seq, "mesh.fsdp": fsdp}
+    many = usage(**fields, **mesh)
+    assert many.temporaries < usage(**fields).temporaries
+    state = memory.state_bytes(config_of(**fields, **mesh), here)
+    whole = memory.state_bytes(config_of(**fields), here)
+    assert many.arguments == sum(state.values()) + 2 * 4 * 8 * 64 // 8 + 4 + 8
+    assert sum(state.values()) < 0.3 * sum(whole.values()) if fsdp else state == whole
+
+
+def test_dividing_positions_holds_what_dividing_rows_cannot():
+    """One long row: 8 devices over rows want 8 rows; over positions each holds an eighth of one."""
+    rows = usage(batch_size=8, seq_len=512, **{"mesh.data": 8}).total
+    positions = usage(batch_size=1, seq_len=512, **{"mesh.seq": 8}).total
+    assert positions < rows
+    with pytest.raises(ConfigError, match="config.batch_size=1"):
+        usage(batch_size=1, seq_len=512, **{"mesh.data": 8})
+
+
+def test_parts_add_up_to_the_whole(tmp_path, here):
+    config = config_of(batch_size=8, seq_len=128, **{"model.attention": "xla", "data.cache_dir": str(tmp_path)})
+    kept = programs.Programs(here)
+    found = parts.parts(config, kept)
+    assert list(found) == list(parts.PARTS)
+    assert sum(found.values()) == kept.usage(config).total
+    assert found["parameters"] == 4 * flops.parameter_counts(config.model)["total"]
+    assert found["attention scores"] > 8 * 4 * 128 * 128 * 4
+    assert found["activations"] > 0 and found["logits"] >= 0
+
+
+def points_of(a, b, c, noise=0.0, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = [(batch, length) for length in (256, 512, 1024, 2048) for batch in (2, 4, 8)]
+    exact = ((a + b * batch * length + c * batch * length**2) for batch, length in shapes)
+    return [
+        memory_law.Point(*shape, round(size * (1 + noise * rng.standard_normal())))
+        for shape, size in zip(shapes, exact, strict=True)
+    ]
+
+
+def test_the_law_is_found_again():
+    law = memory_law.fit(points_of(5e8, 2e4, 12.0))
+    for name, value in dict(a=5e8, b=2e4, c=12.0).items():
+        assert law[name]["value"] == pytest.approx(value, rel=1e-6)
+    assert law["misfit"] < 1e-6
+
+
+def test_intervals_of_the_law_cover_it_as_often_as_they_say():
+    inside = np.zeros(3)
+    for seed in range(300):
+        law = memory_law.fit(points_of(5e8, 2e4, 12.0, noise=0.02, seed=seed))
+        inside += [law[n]["low"] <= v <= law[n]["high"] for n, v in dict(a=5e8, b=2e4, c=12.0).items()]
+    assert ((inside / 300 > 0.9) & (inside / 300 < 0.99)).all()
+
+
+@pytest.mark.parametrize(
+    ("b", "c", "verdict", "length"),
+    [(0.0, 9.0, "holds", 4), (2e4, 0.0, "does not hold", 2), (2e4, 120.0, "holds under", None)],
+)
+def test_the_verdict_turns_with_the_numbers(b, c, verdict, length):
+    points = points_of(1e8, b, c)
+    ratios = memory_law.ratios(points, memory_law.fit(points)["a"]["value"])
+    said, text = memory_law.verdict(ratios)
+    assert said.startswith(verdict) and "2x batch takes 2.00 times" in text
+    for entry in ratios:
+        assert entry["growing"]["batch"] == pytest.approx(2, rel=1e-5)
+        assert length is None or entry["growing"]["length"] == pytest.approx(length, rel=1e-5)
+
+
+def test_doubling_the_length_doubles_what_is_not_attention():
+    model = small_config().model
+    (entry,) = memory_law.compute_ratios(model, [64])
+    assert 1 < entry["equal_tokens"] < 2 and entry["length"] == 2 * entry["equal_tokens"]
+
+
+def cli(*arguments):
+    return memory_frontier.main(["--config=configs/balanced.py:cpu", *arguments])
+
+
+SMALL = [f"--config.model.{name}={value}" for name, value in dict(
+    num_layers=1, d_model=32, num_heads=2, d_ff=32, num_experts=2, vocab_size=64, loss_chunk=64, moe_block=32,
+).items()] + ["--config.eval.batch_tokens=256", "--config.mesh.data=1"]  # fmt: skip
+
+
+def affine(config, target):
+    """In place of compiling: a + b B T, and scores where they are kept."""
+    B, T = config.batch_size, config.seq_len
+    scores = 40 * B * T * T if config.model.attention == "xla" else 0
+    kept = {"none": 900, "block": 300}[config.model.remat]
+    return memory.Usage(100_000, 100_000, 150_000 + kept * B * T + scores + 4 * config.model.loss_chunk, 100_000)
+
+
+def test_a_frontier_is_a_table_a_csv_and_figures_and_its_overrides_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(programs.KINDS, "train", affine)
+    monkeypatch.setitem(programs.KINDS, "eval", lambda config, target: memory.Usage(1000, 10, 5, 0))
+    folder = tmp_path / "frontier"
+    arguments = ["--budget=3MiB", "--lengths=64,128,256", "--remat=none,block", "--law", "--parts", *SMALL,
+                 f"--config.data.cache_dir={tmp_path / 'cache'}", f"--workdir={folder}"]  # fmt: skip
+    assert cli(*arguments) == 0
+    plan = json.loads((folder / "frontier.json").read_text())
+    assert [(c["seq_len"], c["choice"]["model.remat"]) for c in plan["cells"]] == [
+        (t, r) for r in ("none", "block") for t in (64, 128, 256)
+    ]
+    for cell in plan["cells"]:
+        assert cell["total"] <= 3 * 2**20 < cell["next_bytes"] and sum(cell["parts"].values()) == cell["total"]
+        config = load_config("configs/balanced.py:cpu", memory_report.overrides(cell).split())
+        assert (config.batch_size, config.seq_len) == (cell["batch"], cell["seq_len"])
+        assert cell["parts"]["activations"] == pytest.approx(
+            cell["tokens"] * (900 if "none" in str(cell) else 300), rel=0.01
+        )
+    assert [law["verdict"] for law in plan["law"]] == ["holds under conditions", "does not hold"]  # xla, chunked
+    report = (folder / "report.md").read_text()
+    assert "**xla: holds under conditions.**" in report and "(figures/law.svg)" in report
+    lines = (folder / "frontier.csv").read_text().splitlines()
+    assert len(lines) == 7 and lines[0].startswith("target,seq_len,batch")
+    made = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert {"frontier.svg", "frontier.png", "law.svg"} <= {path.name for path in made}
+    capsys.readouterr()
+    assert memory_frontier.main(["--report_only", f"--workdir={folder}"]) == 0
+    assert made == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert cli(*arguments) == 0
+    assert "compiling" not in capsys.readouterr().err  # all on disk
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--budget='': not a size of memory"),
+        (["--budget=24GiBs"], "--budget='24GiBs': not a size of memory"),
+        (["--budget=1GiB", "--lengths=64,x"], "--lengths='64,x': give whole numbers"),
+        (["--budget=1GiB", "--remat=some"], "--remat='some': choose of none, block, full"),
+        (["--budget=1GiB", "--mesh=8"], "--mesh='8': write data x seq"),
+        (["--budget=1GiB", "--what"], "argument='--what': unknown"),
+        (["--budget=1GiB", "--topology=h300"], "--topology='h300': unknown; choose one of h200"),
+        (["--budget=1GiB", "--lengths=64,128", "--law"], "--lengths='64,128': the law of memory needs"),
+        (["--budget=1GiB", "--lengths=33", "--mesh=1x2"], "config.seq_len=33"),
+        (["--budget=200KiB", "--lengths=64"], "--budget='200KiB': too small for a step: 1 x 64 needs"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_written(tmp_path, capsys, arguments, message):
+    small = [*SMALL, "--config.eval.batch_tokens=1", f"--config.data.cache_dir={tmp_path / 'cache'}"]
+    if "--mesh=1x2" in arguments:
+        small.remove("--config.mesh.data=1")
+    assert cli(*arguments, "--remat=none" if "--remat=some" not in arguments else "--remat=some", *small,
+               f"--workdir={tmp_path / 'frontier'}") == 2  # fmt: skip
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and errors[0].startswith(f"error: {message}")
+    assert not (tmp_path / "frontier").exists()
+
+
+def test_a_plan_beside_real_steps(monkeypatch):
+    """The step's own process: within 15 % on a step of half a GB; a step that cannot run is shown as failed."""
+    monkeypatch.delenv("XLA_FLAGS")  # one device, as users have
+    found = memory_check.measure(
+        "configs/balanced.py:cpu", ["--config.model.remat=block", "--config.batch_size=64", "--config.mesh.data=1"]
+    )
+    assert found["measured"] == pytest.approx(found["predicted"], rel=0.15) and found["seconds"] > 0
+    failed = memory_check.measure("configs/balanced.py:cpu", ["--config.model.num_heads=3"])
+    assert failed["measured"] is None and "config.model.d_model" in failed["error"]
+    run = dict(batch=16, seq_len=512, choice={"model.remat": "block"}, predicted=100)
+    text = memory_report.check_text([run | failed, run | found], set())
+    assert "failed: error: config.model.d_model" in text and "1 steps: median error" in text
+
+
+def test_a_plan_for_what_is_not_here_is_not_run(tmp_path, capsys):
+    assert memory_check.main([f"--workdir={tmp_path}"]) == 2
+    memory_report.save(dict(absent=True, target="NVIDIA H200", cells=[]), tmp_path)
+    assert memory_check.main([f"--workdir={tmp_path}"]) == 2
+    assert "NVIDIA H200, which is not here" in capsys.readouterr().err
+
+
+def test_law_lengths_are_doublings():
+    assert memory_plan.law_lengths([256, 4096]) == [256, 512, 1024, 2048, 4096]
+    assert memory_plan.law_lengths([100, 450]) == [100, 200, 400]
+
+
+def test_meshes_of_a_list_are_planned_on_the_same_devices(here):
+    for data, seq in ((8, 1), (2, 4), (1, 8)):
+        mesh = memory.mesh_of(config_of(**{"mesh.data": data, "mesh.seq": seq}), here)
+        assert tuple(mesh.shape[a] for a in sharding.AXES) == (data, 1, seq) and math.prod(mesh.shape.values()) == 8
