@@ -40,12 +40,14 @@ def rotate(x_BTHK: jax.Array, cos_BTK: jax.Array, sin_BTK: jax.Array) -> jax.Arr
     return out.astype(x_BTHK.dtype)
 
 
-def resolve_backend(backend: str, platform: str, *, dropout: float, masked: bool, seq: int) -> str:
+def resolve_backend(
+    backend: str, platform: str, *, dtype: str, head_dim: int, dropout: float, masked: bool, seq: int
+) -> str:
     """`auto` to the best backend that can do what is asked on this platform ('cpu', 'gpu', 'tpu')."""
     if backend != "auto":
         return backend
-    fused = platform == "gpu" and dropout == 0 and not masked and seq == 1
-    return "cudnn" if fused else "chunked"
+    asked = platform == "gpu" and dropout == 0 and not masked and seq == 1
+    return "cudnn" if asked and dtype == "bfloat16" and head_dim % 8 == 0 and head_dim <= 128 else "chunked"
 
 
 def attend(

@@ -154,6 +154,8 @@ def _validate_backends(config: Any, mesh_shape: tuple[int, int, int], platform: 
         problem = f"computes in bfloat16, not config.model.dtype={config.model.dtype}"
     elif mesh_shape[2] > 1:
         problem = "cannot divide positions (config.mesh.seq)"
+    elif (head_dim := config.model.d_model // config.model.num_heads) % 8 or head_dim > 128:
+        problem = f"wants head widths of 8 to 128 by eights, not {head_dim} (config.model.d_model / num_heads)"
     if problem:
         raise ConfigError("config.model.attention", "cudnn", f"{problem}; use chunked, xla or auto")
 

@@ -112,8 +112,8 @@ class Block(nn.Module):
         v = jnp.einsum("btd,dhk->bthk", x_BTD, qkv[:, 2])
         rate = c.dropout if self.train else 0.0
         backend = attention.resolve_backend(
-            c.attention, sharding.platform(), dropout=rate, masked=segments_BT is not None,
-            seq=jax.sharding.get_abstract_mesh().shape["seq"],
+            c.attention, sharding.platform(), dtype=c.dtype, head_dim=c.d_model // c.num_heads, dropout=rate,
+            masked=segments_BT is not None, seq=jax.sharding.get_abstract_mesh().shape["seq"],
         )  # fmt: skip
         mixed_BTHK = attention.attend(
             attention.rotate(q, *rotary), attention.rotate(k, *rotary), v,

@@ -79,6 +79,14 @@ def test_the_longest_strategy_is_trained_in_paired_order_where_it_is_in_no_other
     assert len(lines) == 3 and all("--config.data.shuffle_block=2048" in line for line in lines)
 
 
+def test_a_budget_plans_the_batches_of_runs_on_text(tmp_path, capsys):
+    arguments = ["--settings=independent,recall", "--memory=2GiB", "--dry_run"]
+    assert ablation(tmp_path, *arguments) == 0
+    for line in capsys.readouterr().out.splitlines():
+        given = [word for word in line.split() if word.startswith(("--config.batch_size", "--config.memory_budget"))]
+        assert given == ([] if "-recall-" in line else ["--config.batch_size=-1", "--config.memory_budget=2GiB"])
+
+
 def test_a_failed_run_is_in_the_report_and_in_the_exit_code(tmp_path, monkeypatch):
     monkeypatch.setenv("FAKE_EXITS", '{"balanced-independent-42": 3}')
     assert ablation(tmp_path) == 3
@@ -119,6 +127,8 @@ def test_a_missing_seed_is_in_the_report_and_in_the_exit_code(tmp_path):
         (["--settings=paired", "--config.data.shuffle_block=2048"], "--settings='paired'"),
         (["--settings=recall", "--recall.model.depth=4"], "config.model.depth='4'"),
         (["--strategies=,"], "--strategies=''"),
+        (["--memory=24 bananas"], "--memory='24 bananas'"),
+        (["--memory=2GiB", "--config.batch_size=8"], "--config.batch_size is given too"),
     ],
 )
 def test_a_mistake_is_one_line_and_starts_nothing(tmp_path, capsys, arguments, named):

@@ -117,9 +117,10 @@ def test_dropout_keeps_the_mean_and_its_gradient_belongs_to_its_draw(rng, one_de
 
 def test_auto_never_chooses_a_kernel_that_cannot_do_what_is_asked():
     pick = attention.resolve_backend
-    assert pick("auto", "gpu", dropout=0.0, masked=False, seq=1) == "cudnn"
-    for change in (dict(dropout=0.1), dict(masked=True), dict(seq=2)):
-        asked = dict(dropout=0.0, masked=False, seq=1) | change
-        assert pick("auto", "gpu", **asked) == "chunked"
-    assert pick("auto", "cpu", dropout=0.0, masked=False, seq=1) == "chunked"
-    assert pick("xla", "gpu", dropout=0.0, masked=False, seq=1) == "xla"
+    able = dict(dtype="bfloat16", head_dim=48, dropout=0.0, masked=False, seq=1)
+    assert pick("auto", "gpu", **able) == "cudnn"
+    changes = (dict(dropout=0.1), dict(masked=True), dict(seq=2), dict(dtype="float32"), dict(head_dim=20))
+    for change in (*changes, dict(head_dim=256)):
+        assert pick("auto", "gpu", **able | change) == "chunked"
+    assert pick("auto", "cpu", **able) == "chunked"
+    assert pick("xla", "gpu", **able) == "xla"

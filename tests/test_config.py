@@ -196,7 +196,7 @@ def test_neither_steps_nor_tokens():
 @pytest.mark.parametrize(
     ("group", "field", "value", "said"),
     [("data", "mask_documents", True, "mask_documents"), ("model", "dropout", 0.1, "dropout"),
-     ("model", "dtype", "float32", "bfloat16")],
+     ("model", "dtype", "float32", "bfloat16"), ("model", "num_heads", 32, "head widths")],
 )  # fmt: skip
 def test_what_cudnn_cannot_do_is_refused(group, field, value, said):
     config = config_of("balanced")

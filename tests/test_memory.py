@@ -250,3 +250,37 @@ def test_meshes_of_a_list_are_planned_on_the_same_devices(here):
     for data, seq in ((8, 1), (2, 4), (1, 8)):
         mesh = memory.mesh_of(config_of(**{"mesh.data": data, "mesh.seq": seq}), here)
         assert tuple(mesh.shape[a] for a in sharding.AXES) == (data, 1, seq) and math.prod(mesh.shape.values()) == 8
+
+
+@pytest.mark.parametrize(
+    ("topology", "package", "name"),
+    [("h200", "jax-cuda13-pjrt", "NVIDIA H200"), ("v5e:2x4", "libtpu", "TPU v5e 2x4")],
+)
+def test_a_step_is_compiled_for_an_accelerator_that_is_not_here(topology, package, name):
+    """Where its compiler is installed; its program is its own: experts by ragged_dot, not in blocks."""
+    pytest.importorskip("jax_plugins.xla_cuda13" if "cuda" in package else package)
+    there = target.absent(topology)
+    assert (there.name, there.absent) == (name, True) and package in there.versions
+    found = memory.train_usage(config_of(), there)
+    state = memory.state_bytes(config_of(), there)
+    assert found.arguments >= sum(state.values()) and found.total > 2 * state["parameters"] + state["optimizer"]
+    if there.platform == "tpu":
+        many = memory.train_usage(config_of(batch_size=8, **{"mesh.data": 2, "mesh.seq": 4}), there)
+        assert many.total < memory.train_usage(config_of(batch_size=8), there).total
+
+
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [
+        ("h200", r"--topology='h200': cannot be compiled for here \(no compiler\); pip install \"jax\[cuda13\]\""),
+        ("v5e:2x4", r"--topology='v5e:2x4': cannot be compiled for here \(no compiler\); pip install \"libtpu\""),
+        ("h200:x", "--topology='h200:x': write the number of GPUs, such as h200:8"),
+    ],
+)
+def test_a_compiler_that_is_not_installed_is_named(monkeypatch, topology, message):
+    def none(*args, **options):
+        raise NotImplementedError("no compiler\nat all")
+
+    monkeypatch.setattr(target.topologies, "get_topology_desc", none)
+    with pytest.raises(ConfigError, match=message):
+        target.absent(topology)

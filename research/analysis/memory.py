@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from research import checkpoint, evaluate, sharding, step
+from research import attention, checkpoint, evaluate, sharding, step
 from research.config import ConfigError, validate
 from research.model import ModelConfig, MoETransformer
 from research.optimizer import make_optimizer, make_schedule
@@ -39,6 +39,15 @@ class Usage:
 def mesh_of(config: Any, target: Target) -> jax.sharding.Mesh:
     """The config's mesh over the devices of a target; a mesh of fewer devices takes the first of them."""
     return sharding.make_mesh(config.mesh, target.devices)
+
+
+def attention_of(config: Any, target: Target, name: str | None = None) -> str:
+    """The attention backend of a config's (or the named) choice in a training step on a target."""
+    model = config.model
+    return attention.resolve_backend(
+        name or model.attention, target.platform, dtype=model.dtype, head_dim=model.d_model // model.num_heads,
+        dropout=model.dropout, masked=config.data.mask_documents, seq=mesh_of(config, target).shape["seq"],
+    )  # fmt: skip
 
 
 def train_usage(config: Any, target: Target) -> Usage:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from research import metrics, sizes
-from research.analysis import frontier, memory_law
+from research.analysis import frontier, memory, memory_law
 from research.analysis.frontier import with_fields
 from research.analysis.parts import parts as parts_of
 from research.analysis.programs import Programs
@@ -66,8 +66,8 @@ def _entry(cell: frontier.Cell) -> dict[str, Any]:
 
 def law_backends(config: Any, target: Target) -> list[str]:
     """Attention backends whose laws can be told apart on a target."""
-    fused = target.platform == "gpu" and config.model.dropout == 0 and not config.data.mask_documents
-    return ["xla", "chunked"] + (["cudnn"] if fused else [])
+    best = memory.attention_of(config, target, "auto")
+    return list(dict.fromkeys(["xla", "chunked", best]))
 
 
 def law_lengths(lengths: Sequence[int]) -> list[int]:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from research import attention
 from research.analysis import memory
 from research.analysis.frontier import with_fields
 from research.analysis.programs import Programs
@@ -47,15 +46,11 @@ def parts(config: Any, programs: Programs) -> dict[str, int]:
 
 
 def _scores(config: Any, programs: Programs, saved: Any) -> int:
-    model, mesh = config.model, memory.mesh_of(config, programs.target)
-    backend = attention.resolve_backend(
-        model.attention, programs.target.platform, dropout=model.dropout,
-        masked=config.data.mask_documents, seq=mesh.shape["seq"],
-    )  # fmt: skip
+    backend = memory.attention_of(config, programs.target)
     if backend == "xla":
         return saved(model__attention="chunked")
     if backend == "chunked":
-        return 2 * saved(model__attention_chunk=max(1, model.attention_chunk // 2))
+        return 2 * saved(model__attention_chunk=max(1, config.model.attention_chunk // 2))
     return 0
 
 
