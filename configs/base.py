@@ -64,8 +64,8 @@ def _model() -> ConfigDict:
             remat="none",  # none | block (recompute each block in the backward pass) | full (and each half of it)
             attention="auto",  # auto | xla | chunked | cudnn
             attention_chunk=128,  # queries at a time (chunked)
-            moe="auto",  # auto | blocks | ragged
-            moe_block=256,  # token rows a matmul (blocks)
+            moe="auto",  # auto | blocks | tiles | ragged
+            moe_block=256,  # token rows a matmul (blocks), at most (tiles)
             loss_chunk=512,  # tokens whose logits exist at once
         )
     )

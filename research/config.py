@@ -18,7 +18,7 @@ CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "block", "full"),
     "model.attention": ("auto", "xla", "chunked", "cudnn"),
-    "model.moe": ("auto", "blocks", "ragged"),
+    "model.moe": ("auto", "blocks", "tiles", "ragged"),
     "optimizer.name": ("muon", "adamw"),
     "optimizer.schedule": ("constant", "cosine", "wsd"),
     "data.source": ("stdlib", "text", "jsonl", "parquet", "hf", "recall"),

@@ -1,13 +1,15 @@
 """Experts on rows sorted by expert: one interface, a backend for each platform.
 
-An expert is any function `expert(x_MD, weights, multiply, key) -> y_MD` that multiplies only through `multiply(x, w)`:
+An expert is any function `expert(x_MD, weights, multiply, key) -> y_MD` that multiplies only through `multiply(x, w)`,
+and treats the leading axes of x alike (there may be two):
 
 `blocks`  (CPU) expert after expert, a block of rows at a time through the whole expert, so that its hidden layer never
           leaves the cache; the backward pass runs each block forward again and adds up weight gradients in place.
-`ragged`  (GPU, TPU) the expert once on all rows, with `multiply` the ragged matrix product of the platform. On CPU XLA
-          computes that product for every expert and every row, E times the work.
+`tiles`   (GPU) the expert once on all rows, in tiles of which each is one expert's (tiles.py): a batched product.
+`ragged`  (TPU) the expert once on all rows, with `multiply` the ragged matrix product of the platform. On CPU and GPU
+          XLA computes that product for every expert and every row, E times the work.
 
-Both are dropless: expert e owns exactly the sizes[e] rows that were sent to it.
+All are dropless: expert e owns exactly the sizes[e] rows that were sent to it.
 """
 
 import functools
@@ -18,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from research import tiles
 from research.sharding import varying, varying_axes
 
 Expert = Callable[[jax.Array, Any, Callable, jax.Array | None], jax.Array]
@@ -25,7 +28,7 @@ Expert = Callable[[jax.Array, Any, Callable, jax.Array | None], jax.Array]
 
 def resolve_backend(backend: str, platform: str) -> str:
     """`auto` to the backend of a platform ('cpu', 'gpu', 'tpu')."""
-    return ("blocks" if platform == "cpu" else "ragged") if backend == "auto" else backend
+    return dict(cpu="blocks", gpu="tiles", tpu="ragged")[platform] if backend == "auto" else backend
 
 
 def apply_experts(
@@ -45,9 +48,18 @@ def apply_experts(
     """
     if backend == "blocks":
         return _blocks(x_MD, weights, sizes_E, key, expert, block)
+    if backend == "tiles":
+        return _tiles(x_MD, weights, sizes_E, key, expert, block)
     if backend == "ragged":
         return expert(x_MD, weights, lambda x, w: lax.ragged_dot(x, w, sizes_E), key)
-    raise ValueError(f"moe backend {backend!r}: choose blocks or ragged")
+    raise ValueError(f"moe backend {backend!r}: choose blocks, tiles or ragged")
+
+
+def _tiles(x_MD, weights, sizes_E, key, expert, block):
+    rows = tiles.tile_rows(x_MD.shape[0], sizes_E.shape[0], block)
+    at = tiles.layout(sizes_E, x_MD.shape[0], rows)
+    out_NRD = expert(tiles.spread(x_MD, at), weights, lambda x, w: tiles.multiply(x, w, at.owner_N), key)
+    return tiles.gather(out_NRD, at)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

@@ -27,8 +27,9 @@ def test_fused_attention_is_chunked_attention(rng, one_device):
         assert relative(found.astype(jnp.float32), wanted.astype(jnp.float32)) < 2e-2
 
 
+@pytest.mark.parametrize("fast", ["tiles", "ragged"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_ragged_experts_are_block_experts(rng, dtype):
+def test_experts_at_once_are_block_experts(rng, dtype, fast):
     x = jnp.asarray(rng.standard_normal((512, 64)), dtype)
     weights = {
         "up": jnp.asarray(rng.standard_normal((8, 64, 128)) / 8, dtype),
@@ -45,7 +46,7 @@ def test_ragged_experts_are_block_experts(rng, dtype):
             return out, vjp(out)
 
     tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
-    for found, wanted in zip(jax.tree.leaves(outcome("ragged")), jax.tree.leaves(outcome("blocks")), strict=True):
+    for found, wanted in zip(jax.tree.leaves(outcome(fast)), jax.tree.leaves(outcome("blocks")), strict=True):
         assert relative(found.astype(jnp.float32), wanted.astype(jnp.float32)) < tolerance
 
 

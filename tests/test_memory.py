@@ -257,7 +257,7 @@ def test_meshes_of_a_list_are_planned_on_the_same_devices(here):
     [("h200", "jax-cuda13-pjrt", "NVIDIA H200"), ("v5e:2x4", "libtpu", "TPU v5e 2x4")],
 )
 def test_a_step_is_compiled_for_an_accelerator_that_is_not_here(topology, package, name):
-    """Where its compiler is installed; its program is its own: experts by ragged_dot, not in blocks."""
+    """Where its compiler is installed; its program is its own."""
     pytest.importorskip("jax_plugins.xla_cuda13" if "cuda" in package else package)
     there = target.absent(topology)
     assert (there.name, there.absent) == (name, True) and package in there.versions

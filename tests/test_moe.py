@@ -52,7 +52,7 @@ def both(x, weights, sizes, cotangent, backend, activation):
 @settings(max_examples=40, deadline=None)
 @given(
     cuts=st.lists(st.integers(0, ROWS), min_size=EXPERTS - 1, max_size=EXPERTS - 1).map(sorted),
-    backend=st.sampled_from(["blocks", "ragged"]),
+    backend=st.sampled_from(["blocks", "tiles", "ragged"]),
     activation=st.sampled_from(["silu", "swiglu"]),
     seed=st.integers(0, 2**32 - 1),
 )
@@ -112,7 +112,7 @@ def plain_layer(x_ND, router, weights, chosen):
 
 
 @pytest.mark.parametrize(("experts", "chosen"), [(4, 2), (4, 1), (1, 1), (4, 4)])
-@pytest.mark.parametrize("backend", ["blocks", "ragged"])
+@pytest.mark.parametrize("backend", ["blocks", "tiles", "ragged"])
 def test_layer_equals_each_token_through_its_experts(rng, one_device, backend, experts, chosen):
     x = rng.standard_normal((2, 7, 8))
     router, weights = rng.standard_normal((8, experts)), make_weights(rng, experts, 8, 12)

@@ -14,11 +14,11 @@ from tests.small import bigger, model_config, random_batch, relative, small_conf
 
 
 @functools.cache
-def gradients(data, seq, fsdp, microbatches, balance=0.01, noise=0.1):
+def gradients(data, seq, fsdp, microbatches, balance=0.01, noise=0.1, experts="auto"):
     """(gradients, sums, collectives) of the objective on one fixed ragged batch."""
     mesh = sharding.make_mesh({"data": data, "expert": 1, "seq": seq})
     with jax.set_mesh(mesh):
-        model = MoETransformer(model_config(fsdp=fsdp, router_noise=noise, balance_weight=balance))
+        model = MoETransformer(model_config(fsdp=fsdp, router_noise=noise, balance_weight=balance, moe=experts))
         rng = np.random.default_rng(5)
         init = jax.jit(
             lambda: model.init(jax.random.key(0), jnp.zeros((data, seq), jnp.int32, out_sharding=sharding.TOKENS))
@@ -37,11 +37,13 @@ def gradients(data, seq, fsdp, microbatches, balance=0.01, noise=0.1):
 
 
 @pytest.mark.parametrize(
-    ("data", "seq", "fsdp"), [(8, 1, False), (2, 4, False), (1, 8, False), (2, 4, True), (8, 1, True)]
-)
-def test_loss_and_gradients_do_not_depend_on_the_mesh(data, seq, fsdp):
+    ("data", "seq", "fsdp", "experts"),
+    [(8, 1, False, "auto"), (2, 4, False, "auto"), (1, 8, False, "auto"), (2, 4, True, "auto"), (8, 1, True, "auto"),
+     (2, 4, True, "tiles")],
+)  # fmt: skip
+def test_loss_and_gradients_do_not_depend_on_the_mesh(data, seq, fsdp, experts):
     wanted_grads, wanted_sums, _ = gradients(1, 1, False, 1)
-    grads, sums, _ = gradients(data, seq, fsdp, 1)
+    grads, sums, _ = gradients(data, seq, fsdp, 1, experts=experts)
     assert sums["loss"] == pytest.approx(wanted_sums["loss"], rel=1e-5)
     assert sums["correct"] == wanted_sums["correct"] and sums["count"] == wanted_sums["count"]
     np.testing.assert_allclose(sums["router"]["load"], wanted_sums["router"]["load"], rtol=1e-5)
@@ -142,11 +144,11 @@ def test_steps_draw_different_noise_and_the_same_seed_the_same():
     assert first[0] != first[1]
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_the_step_of_an_accelerator_is_lowered_without_one(platform, one_device):
-    """The published model as an accelerator runs it: bfloat16, ragged experts, dropout; no [B, T, V] logits."""
+@pytest.mark.parametrize(("platform", "experts"), [("cuda", "tiles"), ("tpu", "ragged")])
+def test_the_step_of_an_accelerator_is_lowered_without_one(platform, experts, one_device):
+    """The published model as an accelerator runs it: bfloat16, its experts, dropout; no [B, T, V] logits."""
     config = balanced.get_config("published")
-    config.model.update(dict(moe="ragged", attention="chunked", num_layers=2))
+    config.model.update(dict(moe=experts, attention="chunked", num_layers=2))
     model = MoETransformer(ModelConfig(**config.model, fsdp=False))
     rule = optimizer.make_optimizer(config.optimizer, 100)
     run = step.make_train_step(model, rule, optimizer.make_schedule(config.optimizer, 0.03, 100))
@@ -156,5 +158,5 @@ def test_the_step_of_an_accelerator_is_lowered_without_one(platform, one_device)
     )  # fmt: skip
     state = jax.eval_shape(lambda: step.init_state(model, rule, 0, (1, 1, 1)))
     lowered = run.trace(state, dict(inputs=tokens, targets=tokens)).lower(lowering_platforms=(platform,)).as_text()
-    assert "ragged_dot" in lowered and "bf16" in lowered
+    assert ("ragged_dot" in lowered) == (experts == "ragged") and "bf16" in lowered
     assert f"{config.batch_size}x{config.seq_len}x{config.model.vocab_size}x" not in lowered

@@ -1,0 +1,94 @@
+"""Tiles hold every row once, waste little, and multiply each row by its own expert's weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from research import grouped, tiles
+from research.model import make_expert
+from tests.small import relative
+
+
+@settings(max_examples=20, deadline=None)
+@given(sizes=st.lists(st.integers(0, 40), min_size=1, max_size=6).filter(sum), rows=st.sampled_from([1, 2, 4, 8, 32]))
+def test_every_row_has_a_place_in_a_tile_of_its_expert(sizes, rows):
+    num_rows = sum(sizes)
+    at = tiles.layout(jnp.asarray(sizes, jnp.int32), num_rows, rows)
+    source, owner, place = (np.asarray(x) for x in (at.source_NR, at.owner_N, at.place_M))
+    assert (source.reshape(-1)[place] == np.arange(num_rows)).all()
+    assert (owner[place // rows] == np.repeat(np.arange(len(sizes)), sizes)).all()
+    assert (source < num_rows).sum() == num_rows  # the other places are empty
+    assert source.size <= num_rows + len(sizes) * (rows - 1)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "experts", "block"), [(53248, 8, 512), (16384, 8, 256), (100, 8, 256), (3, 8, 256)]
+)
+def test_a_fifth_of_the_places_are_empty_at_most(num_rows, experts, block):
+    rows = tiles.tile_rows(num_rows, experts, block)
+    assert 1 <= rows <= block and rows & (rows - 1) == 0
+    assert experts * (rows - 1) <= num_rows / 4  # a quarter of the rows: a fifth of all places
+    assert rows == block or num_rows < 8 * experts * block  # and no smaller than that asks for
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
+@pytest.mark.parametrize("activation", ["silu", "swiglu"])
+def test_tiles_are_blocks_of_each_expert_in_float64(rng, dtype, tolerance, activation):
+    """Values and gradients; the numbers that float64 sees are those of the lower precision."""
+    sizes = jnp.asarray([130, 0, 1, 125], jnp.int32)
+    shapes = dict(x=(256, 16), up=(4, 16, 24), gate=(4, 16, 24), down=(4, 24, 16), cotangent=(256, 16))
+    arrays = {name: jnp.asarray(rng.standard_normal(shape) / 4, dtype) for name, shape in shapes.items()}
+
+    def outcome(backend, arrays):
+        weights = {name: arrays[name] for name in ("up", "gate", "down")}
+
+        def run(x, weights):
+            return grouped.apply_experts(make_expert(activation, 0.0), x, weights, sizes, backend=backend, block=16)
+
+        out, vjp = jax.vjp(run, arrays["x"], weights)
+        return out, vjp(arrays["cotangent"])
+
+    found = jax.jit(outcome, static_argnums=0)("tiles", arrays)
+    with jax.enable_x64(True):
+        exact = {name: jnp.asarray(np.asarray(array, np.float64)) for name, array in arrays.items()}
+        wanted = jax.jit(outcome, static_argnums=0)("blocks", exact)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert a.dtype == dtype and b.dtype == np.float64
+        assert relative(np.asarray(a, np.float64), b) < tolerance
+
+
+def test_empty_places_take_no_part(rng):
+    """What an expert makes of zeros (here 1) reaches no row and no gradient."""
+    x = jnp.asarray(rng.standard_normal((40, 8)), jnp.float32)
+    weights = jnp.asarray(rng.standard_normal((3, 8, 8)), jnp.float32)
+    sizes = jnp.asarray([17, 1, 22], jnp.int32)
+
+    def outcome(backend):
+        expert = lambda x, w, multiply, key: multiply(jnp.cos(x), w)  # noqa: E731
+        run = lambda x, w: grouped.apply_experts(expert, x, w, sizes, backend=backend, block=8)  # noqa: E731
+        out, vjp = jax.vjp(run, x, weights)
+        return out, vjp(jnp.ones_like(out))
+
+    for a, b in zip(jax.tree.leaves(outcome("tiles")), jax.tree.leaves(outcome("blocks")), strict=True):
+        assert relative(a, b) < 1e-5
+
+
+def test_products_are_of_tiles_and_not_of_every_expert_with_every_row():
+    """The work of a step on the experts, forward and backward, in the compiled program: 3 products of the tiles."""
+    experts, width, hidden, num_rows = 8, 32, 64, 2048
+    shapes = [(num_rows, width), (experts, width, hidden), (num_rows, hidden)]
+    x, w, dy = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    sizes = jax.ShapeDtypeStruct((experts,), jnp.int32)
+
+    def run(x, w, dy, sizes):
+        expert = lambda x, w, multiply, key: multiply(x, w)  # noqa: E731
+        return jax.vjp(lambda x, w: grouped.apply_experts(expert, x, w, sizes, backend="tiles", block=64), x, w)[1](dy)
+
+    found = jax.jit(run).lower(x, w, dy, sizes).compile().cost_analysis()
+    found = found[0] if isinstance(found, list) else found
+    places = num_rows + experts * 64
+    adding_up = 2 * (places // 64) * experts * width * hidden
+    assert found["flops"] < 1.1 * (2 * 2 * places * width * hidden + adding_up)  # the value itself is not asked for
