@@ -3,11 +3,12 @@
     python -m experiments.benchmark --scale=cpu --repeats=5 \
         --out=experiments/results/benchmark/cpu.json
 
-A step is everything: forward, backward, clipping, Muon and AdamW, in float32 on all cores. Every
-round takes one step of each implementation on each strategy and measures the machine, so that
-what slows the machine down slows all of them. Both train on the same random tokens, from random
-weights of the same distribution. The original (tests/parity/original.py) runs where PyTorch is
-installed and JAX runs on the CPU.
+A step is everything: forward, backward, clipping, Muon and AdamW, on all cores, in float32 unless
+--config.model.dtype=bfloat16 is given (ours alone); the machine's matmul is of the same type. Every
+round takes one step of each implementation on each strategy and measures the machine, so that what
+slows the machine down slows all of them. Both train on the same random tokens, from random weights
+of the same distribution. The original (tests/parity/original.py) runs where PyTorch is installed
+and JAX runs on the CPU.
 
     python -m experiments.benchmark --scale=published --steps=1 --out=...
 
@@ -138,7 +139,8 @@ def time_all(arguments: argparse.Namespace, configs: dict[str, ConfigDict], _: S
             contestant = (name, implementation)
             steps[contestant], facts[contestant] = BUILDERS[implementation](config)
             steps[contestant]()
-    machine = machine_speeds("original" in arguments.implementations)
+    (dtype,) = {config.model.dtype for config in configs.values()}  # an override, or float32, for all of them
+    machine = machine_speeds("original" in arguments.implementations, dtype)
     for measure in machine.values():
         measure()
     seconds = {contestant: [] for contestant in steps}

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # All that a GPU is asked for:  bash experiments/on_gpu.sh FOLDER [STAGE] BOOKS.jsonl.gz
-# STAGE: checks | benchmark | published | study | waterfall | all (default). Each goes on where it was stopped, and is meant to
+# STAGE: checks | benchmark | memory | published | study | waterfall | all (default). Each goes on where it was stopped, and is meant to
 # fit in ten minutes. BOOKS is a corpus of long documents that needs no network; its field `text` is read.
 #   checks     the paths that only a GPU takes
 #   benchmark  step times at the three shapes
+#   memory     what fits 24 GiB at each length, and what real steps of it take
 #   published  the original's protocol to the letter (leaks on purpose)
 #   study      the same model and shapes under the clean protocol, three seeds, paired and independent order, and recall
 #   waterfall  from the one to the other, a confound at a time
-# What is to be committed is left in FOLDER/checks.txt, FOLDER/benchmark.json, and the report folders in FOLDER/*.
+# What is to be committed is left in FOLDER/checks.txt, FOLDER/benchmark-*.json, and the report folders in FOLDER/*.
 set -euo pipefail
 folder=$1
 stage=all
@@ -21,7 +22,15 @@ clean="--config.data.protocol=clean --config.data.max_documents=0 --config.data.
 
 checks() { JAX_PLATFORMS=cuda "$python" -m pytest -m gpu tests/test_gpu.py | tee "$folder/checks.txt"; }
 benchmark() {
-    "$python" -m experiments.benchmark --scale=published --implementations=ours --repeats=10 --out="$folder/benchmark.json"
+    for dropout in 0.1 0; do  # as the original; and where cuDNN's attention can serve
+        "$python" -m experiments.benchmark --scale=published --implementations=ours --repeats=20 \
+            --config.model.dtype=bfloat16 --config.model.dropout=$dropout --out="$folder/benchmark-dropout-$dropout.json"
+    done
+}
+memory() {
+    "$python" -m experiments.memory_frontier --config=configs/balanced.py:published --budget=24GiB --lengths=256,1024,4096 \
+        --parts --workdir="$folder/memory"
+    "$python" -m experiments.memory_check --workdir="$folder/memory" --most=24GiB
 }
 published() { "$python" -m experiments.ablation --scale=published --workdir="$folder/published" $corpus; }
 study() {
@@ -34,7 +43,7 @@ waterfall() {  # 800 steps stay within one epoch of 25 M tokens; a small corpus 
 }
 
 case $stage in
-    checks | benchmark | published | study | waterfall) $stage ;;
-    all) checks && benchmark && published && study && waterfall ;;
-    *) echo "stage $stage: choose checks, benchmark, published, study, waterfall or all" >&2; exit 2 ;;
+    checks | benchmark | memory | published | study | waterfall) $stage ;;
+    all) checks && benchmark && memory && published && study && waterfall ;;
+    *) echo "stage $stage: choose checks, benchmark, memory, published, study, waterfall or all" >&2; exit 2 ;;
 esac
