@@ -12,7 +12,7 @@ from configs import base
 def get_config(scale: str = "cpu") -> ConfigDict:
     config = base.get_config(scale)
     config.strategy = "balanced"
-    shapes = dict(cpu=(16, 512), published=(26, 1024), recall=(64, 128))
+    shapes = dict(cpu=(16, 512), published=(26, 1024), recall=(128, 64))
     config.batch_size, config.seq_len = shapes[scale]
     config.train.tokens = base.TOKENS.get(scale)
     return config

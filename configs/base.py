@@ -1,7 +1,8 @@
 """Every field of a config, with the defaults of both scales.
 
 `cpu`        5 M parameters: minutes on two cores, on real text, at most one epoch.
-`recall`     a smaller model on the synthetic recall task, rows a quarter as long as those of `cpu`: three minutes.
+`recall`     a smaller model on the synthetic recall task, in rows of 32, 64 and 128 tokens: two minutes. With rows of
+             512 looking up is learnt by some seeds only within 12 M tokens: by neither of 42 and 43.
 `published`  the model, shapes, optimiser and protocol of the experiment this project answers, for one GPU.
              One deviation: bfloat16 where the original used float16 with a gradient scaler.
 
@@ -12,7 +13,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 SCALES = ("cpu", "published", "recall")
-TOKENS = {"cpu": 80 * 8192, "recall": 1500 * 8192}  # of a run: the same for every strategy
+TOKENS = {"cpu": 80 * 8192, "recall": 1200 * 8192}  # of a run: the same for every strategy
 
 
 def get_config(scale: str = "cpu") -> ConfigDict:
@@ -125,16 +126,16 @@ def _data() -> ConfigDict:
             max_epochs=1,  # 0: no limit
             cache_dir="",  # empty: ~/.cache/batch-or-length
             recall=dict(
-                documents=24_000,
+                documents=38_400,
                 heldout_documents=128,
-                document_length=512,  # tokens
+                document_length=256,  # tokens
                 num_keys=32,  # a document binds each once at most
                 num_values=16,  # chance is one of them
                 num_fillers=16,
                 new_share=0.1,  # of the records: new keys; the others ask for keys again
                 max_gap=2,  # tokens of filler after a record, 0 to as many
                 shortest=4,  # distance to where a key was last said, in tokens
-                longest=256,
+                longest=128,
             ),
         )
     )
@@ -203,5 +204,5 @@ def _recall(config: ConfigDict) -> None:
     # At the scale of a narrow model's weights, or looking up is not learnt; a faster rotation tells neighbours apart.
     config.model.update(dict(init_stddev=0.1, rope_base=1000.0))
     config.optimizer.update(dict(learning_rate=0.01, adamw_learning_rate=0.003))
-    config.train.update(dict(eval_every=250, checkpoint_every=250, log_every=5))
+    config.train.update(dict(eval_every=200, checkpoint_every=200, log_every=5))
     config.data.source = "recall"

@@ -12,7 +12,7 @@ from configs import base
 def get_config(scale: str = "cpu") -> ConfigDict:
     config = base.get_config(scale)
     config.strategy = "long_seq"
-    shapes = dict(cpu=(4, 2048), published=(6, 4096), recall=(16, 512))
+    shapes = dict(cpu=(4, 2048), published=(6, 4096), recall=(64, 128))
     config.batch_size, config.seq_len = shapes[scale]
     config.train.tokens = base.TOKENS.get(scale)
     return config

@@ -146,7 +146,7 @@ def test_the_three_strategies_of_the_scale_train_on_the_same_task():
     fingerprints = set()
     for module in (large_batch, balanced, long_seq):
         config = module.get_config("recall")
-        config.data.recall.update(dict(documents=16, heldout_documents=2))
+        config.data.recall.update(dict(documents=32, heldout_documents=2))
         corpus = open_corpus(config)
         stream.check(corpus, config, config.batch_size * config.seq_len)
         fingerprints.add(corpus.fingerprint)

@@ -60,8 +60,8 @@ def section(analysis: dict[str, Any]) -> Section | None:
         "A document binds keys to values; later a key comes again, and its value is asked for. Loss and accuracy are "
         "of the answers alone. A document binds a key once, values are independent, and the distance to where the key "
         "was last said is independent of the place, so nothing but recall helps. This is what a validation loss on "
-        "text can hide. The model is smaller than the one on text, and its rows are shorter in the same proportions: "
-        "see what each was trained at."
+        "text can hide. The model is smaller than the one on text, and its rows are much shorter: see what each was "
+        "trained at."
     )
     return Section("How far back can it recall?", text, tables)
 
