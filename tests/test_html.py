@@ -15,11 +15,12 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from research.analysis import claims, comparison, markup, report, study
+from research.analysis import claims, comparison, markup, render, report, study, waterfall_report
 from research.analysis.page import Table
 from tests.fake_runs import write_study
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+WATERFALL = Path(__file__).resolve().parents[1] / "experiments/results/waterfall/cpu"
 WIDE, NARROW, HEIGHT = 1280, 400, 1500
 HOSTILE = '<script>alert(1)</script> & a|b `c` "d" [e](javascript:f) <img src=x onerror=g> **h'
 
@@ -166,7 +167,7 @@ def test_a_study_without_text_still_has_a_report(tmp_path, settings):
 
 def test_a_report_without_a_value_fails_and_prints_nothing_in_its_place():
     with pytest.raises(jinja2.UndefinedError):
-        report._environment().get_template("report.md").render({})
+        render.environment().get_template("report.md").render({})
 
 
 @pytest.mark.parametrize(
@@ -178,6 +179,7 @@ def test_a_report_without_a_value_fails_and_prints_nothing_in_its_place():
         ("[x](javascript:y)", "[x](javascript:y)"),
         ("-0.3 [-0.4, -0.2]", "\u22120.3\u00a0[\u22120.4,\u00a0\u22120.2]"),
         ("4 x 2048, B x T, long_seq - balanced", "4\u202f×\u202f2048, B\u202f×\u202fT, long_seq \u2212 balanced"),
+        ("one -> two, `a -> b`", "one \u2192 two, <code>a -&gt; b</code>"),
         ("1e-05, 2026-11-23, `a - 1`", "1e-05, 2026-11-23, <code>a - 1</code>"),
     ],
 )
@@ -187,7 +189,7 @@ def test_text_is_set_as_html(typed, shown):
 
 def test_columns_of_numbers_are_known():
     table = Table(("a", "b", "c"), (("x", "-0.1 [-0.2, +0.1]", "1.2 s"), ("1", "–", "equal")))
-    assert report.numeric(table) == {1}
+    assert render.numeric(table) == {1}
 
 
 def test_colours_of_figures_can_be_read_on_dark_paper():
@@ -204,11 +206,32 @@ def test_a_drawing_that_could_do_more_than_be_seen_is_refused():
 
 
 @functools.cache
-def seen(scheme: int) -> tuple[str, np.ndarray]:
+def waterfall() -> Path:
+    """The folder of the report of the committed waterfall study, made again."""
+    folder = Path(tempfile.mkdtemp(prefix="report-"))
+    waterfall_report.write(json.loads((WATERFALL / "results.json").read_text()), folder)
+    return folder
+
+
+def test_a_waterfall_is_a_page_too():
+    found = Elements(page(waterfall()))
+    assert {"script", "link", "iframe", "object", "img"}.isdisjoint(tag for tag, _ in found.elements)
+    sections = [a["id"] for tag, a in found.elements if tag == "section"]
+    assert sections == [markup.slug(title) for title in re.findall(r"^## (.*)$", text(waterfall()), re.M)]
+    assert sum(section.startswith("stage-") for section in sections) == 7
+    stages = json.loads((WATERFALL / "results.json").read_text())["analysis"]["waterfall"]["stages"]
+    for row in (row for stage in stages for row in stage["rows"]):
+        assert any(f"{row['loss']:.4f}" in word for word in found.words)
+    first = page(waterfall())[page(waterfall()).index('id="stage-0') :][: page(waterfall()).index('id="stage-1')]
+    assert first.count('class="leaking"') >= 7 and f"{stages[0]['rows'][0]['floor']:.4f}" in first
+
+
+@functools.cache
+def seen(scheme: int, folder: Path) -> tuple[str, np.ndarray]:
     """The page in a wide and in a narrow frame, one above the other: the browser's document, and its picture."""
     frames = "".join(
         f'<iframe id="at{width}" style="width:{width}px;height:{HEIGHT}px;border:0;display:block" srcdoc="'
-        f'{page().replace("&", "&amp;").replace(chr(34), "&quot;")}"></iframe>'
+        f'{page(folder).replace("&", "&amp;").replace(chr(34), "&quot;")}"></iframe>'
         for width in (WIDE, NARROW)
     )
     measure = """<script>onload = () => { for (const frame of document.querySelectorAll('iframe')) {
@@ -218,9 +241,9 @@ def seen(scheme: int) -> tuple[str, np.ndarray]:
         frame.dataset.measured = JSON.stringify({width: inside.clientWidth, scroll: inside.scrollWidth, out: out,
             sections: inside.querySelectorAll('section').length})
         frame.srcdoc = '' } }</script>"""
-    folder = Path(tempfile.mkdtemp(prefix="page-"))
+    place = Path(tempfile.mkdtemp(prefix="page-"))
     head = '<!DOCTYPE html><meta charset="utf-8"><meta name="color-scheme" content="light dark"><body style="margin:0">'
-    picture, document = folder / "page.png", folder / "page.html"
+    picture, document = place / "page.png", place / "page.html"
     document.write_text(head + frames)
     _browse(document, scheme, f"--screenshot={picture}")
     document.write_text(head + frames + measure)
@@ -240,17 +263,19 @@ def _browse(document: Path, scheme: int, *arguments: str) -> str:
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize("width", [WIDE, NARROW])
-def test_the_page_is_no_wider_than_a_browsers_window(width):
-    (found,) = re.findall(rf'id="at{width}"[^>]*data-measured="([^"]*)"', seen(1)[0])
+@pytest.mark.parametrize("of", [made, waterfall])
+def test_the_page_is_no_wider_than_a_browsers_window(width, of):
+    (found,) = re.findall(rf'id="at{width}"[^>]*data-measured="([^"]*)"', seen(1, of())[0])
     found = json.loads(html.unescape(found))
-    assert found["sections"] == page().count("<section")
+    assert found["sections"] == page(of()).count("<section")
     assert found["width"] == width and found["scroll"] == width and found["out"] == []
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
-def test_a_browser_shows_light_paper_to_some_and_dark_paper_to_others():
+@pytest.mark.parametrize("of", [made, waterfall])
+def test_a_browser_shows_light_paper_to_some_and_dark_paper_to_others(of):
     for place in (np.s_[:HEIGHT, :WIDE], np.s_[HEIGHT:, :NARROW]):
-        dark, light = (seen(scheme)[1][place] for scheme in (0, 1))
+        dark, light = (seen(scheme, of())[1][place] for scheme in (0, 1))
         assert light.shape == dark.shape and min(light.shape[:2]) >= NARROW
         assert light.mean() > 0.85 and dark.mean() < 0.3  # paper
         assert light.min() < 0.2 and dark.max() > 0.8  # ink

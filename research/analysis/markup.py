@@ -19,6 +19,7 @@ _TYPE = (  # what a typesetter would put for what is typed
     (re.compile(r"(?<=\b[\dA-Z]) x (?=[\dA-Z]\b)|(?<=\d) x (?=\d)"), "\u202f×\u202f"),
     (re.compile(r"(?<=\[)([^\[\] ]+,) ([^\[\] ]+)(?=\])"), "\\1\u00a0\\2"),  # an interval stays on one line
     (re.compile(r"(?<=\d) (?=\[|%)"), "\u00a0"),
+    (re.compile(r"(?<= )->(?= )"), "\u2192"),
 )
 _COLOR = re.compile(r"(?P<paint>\b(?:fill|stroke|stop-color): ?)(?P<color>#[0-9a-f]{6})\b")
 _ID = re.compile(r'(?P<before>\bid="|href="#|url\(#)(?P<id>[^")]+)')

@@ -1,18 +1,11 @@
-"""The report of a study: its data files are analysed into results.json; report.md and report.html are made of that.
-
-report.html needs nothing beside it: style and figures are inside, and it follows the reader's light or dark.
-"""
+"""The report of a study: its data files are analysed into results.json; report.md and report.html are made of that."""
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import jinja2
-import numpy as np
-from markupsafe import Markup
 
 from research.analysis import (
     budgets,
@@ -22,7 +15,6 @@ from research.analysis import (
     decomposition,
     figures,
     findings,
-    markup,
     protocol,
     reach,
     recall,
@@ -30,38 +22,15 @@ from research.analysis import (
     tables,
 )
 from research.analysis.glossary import TERMS
-from research.analysis.page import VERDICTS, Picture, Section, Table, Verdict
-from research.analysis.style import styles_of
+from research.analysis.page import Picture, Section
+from research.analysis.render import Page, Part
+from research.analysis.render import write as write_page
 
 TITLE = "Batch or length?"
 QUESTION = (
     "At the same number of tokens a step, should a training step hold more sequences or longer ones? Every strategy is "
     "scored on the same held-out tokens, each predicted from the same number of tokens before it."
 )
-MARKS = dict(zip(VERDICTS, "✓◐✕○", strict=True))
-_TEMPLATES = Path(__file__).parent / "templates"
-
-
-@dataclass(frozen=True)
-class Part:
-    """A section as the templates show it; `kind` is `findings`, `warnings` or empty."""
-
-    title: str
-    text: str = ""
-    tables: tuple[Table, ...] = ()
-    pictures: tuple[Picture, ...] = ()
-    verdicts: tuple[Verdict, ...] = ()
-    terms: tuple[tuple[str, str], ...] = ()
-    kind: str = ""
-
-    @property
-    def anchor(self) -> str:
-        return markup.slug(self.title)
-
-    @property
-    def tally(self) -> list[tuple[str, int]]:
-        """(verdict, how many), in the order of VERDICTS."""
-        return [(name, sum(v.verdict == name for v in self.verdicts)) for name in VERDICTS]
 
 
 def write(folder: Path) -> dict[str, Any]:
@@ -91,28 +60,17 @@ def _reach(runs: Sequence[study.Run], shared: Sequence[int]) -> dict[str, list]:
 def render(results: Mapping[str, Any], folder: Path) -> None:
     """Writes figures/, report.md and report.html into `folder`, from results.json's content alone."""
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = figures.draw(results["analysis"], folder / "figures")
-    page = _page(results, drawn)
-    study.write_text(folder / "report.md", _environment().get_template("report.md").render(page))
-    svgs = {name: (folder / "figures" / f"{name}.svg").read_text() for name in drawn}
-    analysis = results["analysis"]
-    strategies = list(dict.fromkeys(entry["strategy"] for entry in (*analysis["arms"], *analysis["recall"])))
-    page |= _looks(page, svgs, strategies)
-    study.write_text(folder / "report.html", _environment().get_template("report.html").render(page))
-
-
-def _page(results: Mapping[str, Any], drawn: Mapping[str, Picture]) -> dict[str, Any]:
-    """What both templates show."""
-    found = parts(results, drawn)
-    return dict(
+    drawn, analysis = figures.draw(results["analysis"], folder / "figures"), results["analysis"]
+    page = Page(
         title=TITLE,
         kicker=protocol.kicker(results),
         question=QUESTION,
         facts=protocol.facts(results),
-        parts=found,
-        marks=MARKS,
+        parts=parts(results, drawn),
         footer=_remake(),
+        strategies=list(dict.fromkeys(entry["strategy"] for entry in (*analysis["arms"], *analysis["recall"]))),
     )
+    write_page(page, folder)
 
 
 def parts(results: Mapping[str, Any], drawn: Mapping[str, Picture]) -> list[Part]:
@@ -181,40 +139,3 @@ def _remake() -> str:
         "`python -m experiments.ablation --report_only --workdir=<this folder>` makes both again. `results.json` holds "
         "every number that a table or a figure shows, `heldout_losses.npz` the loss of each held-out token in each run."
     )
-
-
-def _looks(page: Mapping[str, Any], svgs: Mapping[str, str], strategies: Sequence[str]) -> dict[str, Any]:
-    """What the HTML template needs beside: style, figures to stand inside the page, and their colours."""
-    pictures = [picture for part in page["parts"] for picture in part.pictures]
-    dots = {name: style["color"].lower() for name, style in styles_of(strategies).items()}
-    return dict(
-        css=Markup((_TEMPLATES / "report.css").read_text()),
-        palette=markup.palette(svgs.values(), extra=dots.values()),
-        dots={name: f"--k{color[1:]}" for name, color in dots.items()},
-        svgs={p.name: markup.figure(svgs[p.name], p.name, p.alt) for p in pictures if p.name in svgs},
-        cards={name for name, svg in svgs.items() if markup.scaled(svg)},
-        numbers={picture.name: number for number, picture in enumerate(pictures, 1)},
-    )
-
-
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=jinja2.select_autoescape(["html"]),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-        keep_trailing_newline=True,
-    )
-    filters: dict[str, Callable] = {
-        name: getattr(markup, name) for name in ("inline", "paragraphs", "plain", "markdown", "cell", "slug")
-    }
-    environment.filters |= filters
-    environment.globals["numeric"] = numeric
-    return environment
-
-
-def numeric(table: Table) -> set[int]:
-    """Columns whose every cell is read as a number: they are set to the right."""
-    columns = np.array(table.rows, dtype=object).T if table.rows else []
-    return {i for i, cells in enumerate(columns) if all(markup.is_number(str(c)) for c in cells)}

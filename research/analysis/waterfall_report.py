@@ -1,12 +1,14 @@
-"""The report of a waterfall study, from results.json alone: its sections and report.md."""
+"""The report of a waterfall study, from results.json alone: its sections, report.md and report.html."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from research.analysis import waterfall_figure
 from research.analysis.page import Picture, Section, Table
-from research.analysis.study import write_text
+from research.analysis.render import Page, Part
+from research.analysis.render import write as write_page
 
 LEAKING = "**LEAKING**"
 QUESTION = (
@@ -16,19 +18,23 @@ QUESTION = (
 
 
 def write(results: Mapping[str, Any], folder: Path) -> None:
-    """Draws figures/ and writes report.md into `folder` from results.json's content."""
+    """Draws figures/ and writes report.md and report.html into `folder` from results.json's content."""
     found, pictures = results["analysis"]["waterfall"], waterfall_figure.draw(results["analysis"], folder / "figures")
-    facts = "\n".join(f"- {name}: {fact}" for name, fact in _facts_of(found))
-    blocks = ["# What a ranking was made of", QUESTION, facts]
-    for part in sections(results["analysis"], pictures):
-        blocks += [f"## {part.title}", part.text]
-        blocks += [f"![{picture.alt}](figures/{picture.name}.png)" for picture in part.pictures]
-        blocks += [block for table in part.tables for block in (_markdown(table), table.note)]
-    blocks.append(
-        "---\n\nMade from `results.json` in this folder, which holds every number above, and from the losses in "
-        "`heldout_losses.npz`: `python -m experiments.waterfall --report_only --workdir=<this folder>` makes it again."
+    stages = found["stages"]
+    page = Page(
+        title="What a ranking was made of",
+        kicker=f"Waterfall of {len(stages)} stages · scale {found['scale']} · {found['runs']} runs",
+        question=QUESTION,
+        facts=_facts_of(found),
+        parts=[Part(s.title, s.text, s.tables, s.pictures) for s in sections(results["analysis"], pictures)],
+        footer=(
+            "Made from `results.json` in this folder, which holds every number above, and from the losses in "
+            "`heldout_losses.npz`: `python -m experiments.waterfall --report_only --workdir=<this folder>` makes it "
+            "again."
+        ),
+        strategies=list(dict.fromkeys(row["strategy"] for stage in stages for row in stage["rows"])),
     )
-    write_text(folder / "report.md", "\n\n".join(block for block in blocks if block) + "\n")
+    write_page(page, folder)
 
 
 def _facts_of(found: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -42,11 +48,6 @@ def _facts_of(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _markdown(table: Table) -> str:
-    lines = [table.columns, ("---",) * len(table.columns), *table.rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
 def section(analysis: Mapping[str, Any]) -> Section | None:
     """The study on one page, for a report that holds other sections; None where there is no waterfall."""
     found = analysis.get("waterfall")
@@ -58,7 +59,8 @@ def section(analysis: Mapping[str, Any]) -> Section | None:
 def sections(analysis: Mapping[str, Any], pictures: Sequence[Picture] = ()) -> list[Section]:
     """The whole report: what was found, the table of each stage, and the learning rates."""
     found = analysis["waterfall"]
-    parts = [Section("What was found", summary(found), (_overview(found),), tuple(pictures))]
+    said = "\n".join(f"- {sentence}" for sentence in re.split(r"(?<=\.) (?=[A-Z])", summary(found)))
+    parts = [Section("What was found", said, (_overview(found),), tuple(pictures))]
     for stage in found["stages"]:
         mark = f" {LEAKING}" if stage["leaking"] else ""
         title = f"Stage {stage['number']}: {stage['name']}{mark}"
@@ -115,14 +117,24 @@ def _overview(found: Mapping[str, Any]) -> Table:
         doubt = [f"{p['a']} ~ {p['b']}" for p in stage["pairs"] if not p["shown"]]
         rows.append(
             (
-                f"{stage['number']} {stage['name']}" + (f" {LEAKING}" if stage["leaking"] else ""),
+                str(stage["number"]),
+                stage["name"] + (f" {LEAKING}" if stage["leaking"] else ""),
                 stage["changed"],
                 *cells,
                 "yes" if stage["number"] in found["changes"] else "",
                 ("; ".join(doubt) or "all three shown") if stage["pairs"] else "no interval",
             )
         )
-    columns = ("stage", "changed", "lowest loss", "second", "third", "ranking changes", "no difference shown (~)")
+    columns = (
+        "stage",
+        "name",
+        "changed",
+        "lowest loss",
+        "second",
+        "third",
+        "ranking changes",
+        "no difference shown (~)",
+    )
     note = (
         f"Nats a token. Intervals: bootstrap over {found['documents']:,} held-out documents, and over seeds where "
         "there are several; Holm over a stage's three pairs."
