@@ -66,6 +66,16 @@ def test_beyond_the_trained_length_nothing_is_compared():
     assert beyond == {"large_batch": [192, 384, 768, 1536], "balanced": [768, 1536], "long_seq": []}
 
 
+def test_the_same_losses_in_other_units():
+    found = analysed()
+    arms = {arm["strategy"]: arm for arm in found["arms"]}
+    rows = [row for row in tables.units_table(found).rows if row[0].split(",")[0] == "balanced"]
+    assert [row[2] for row in rows] == ["96", "384"]  # what all share, and its own longest
+    for row in rows:
+        loss = arms["balanced"]["contexts"][row[2]]["mean"]
+        assert row[3:] == (f"{loss:.3f}", f"{np.exp(loss):.2f}", f"{loss / 2.6:.4f}", "21.00%")
+
+
 def test_one_seed_is_said_to_be_one():
     found = analysed(seeds=(42,))
     assert all(d["seeds"] == 1 and d["sd"] is None for d in found["differences"])
@@ -93,6 +103,7 @@ def test_leaking_losses_are_marked_and_have_floors(tmp_path):
     ours = [row for row in tables.original_section(found).tables[0].rows if row[1] == "this study"]
     assert all("LEAKING" in row[3] and row[4] != "–" for row in ours)
     assert all("LEAKING" in cell for row in tables.main_table(found).rows for cell in row[3:] if cell != "–")
+    assert all("LEAKING" in cell for row in tables.units_table(found).rows for cell in row[3:])
 
 
 def test_the_paragraph_says_what_the_numbers_say():

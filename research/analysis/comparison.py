@@ -68,7 +68,10 @@ def describe(arm: Arm) -> dict[str, Any]:
         seeds=arm.seeds,
         **{name: first[name] for name in ("protocol", "batch_size", "seq_len", "tokens_per_step", "steps", "tokens")},
         contexts=by_context,
-        bits_per_byte={c: _mean([r["eval"]["contexts"][c]["bits_per_byte"] for r in results]) for c in by_context},
+        **{
+            name: {c: _mean([r["eval"]["contexts"][c][name] for r in results]) for c in by_context}
+            for name in ("bits_per_byte", "accuracy")
+        },
         own=dict(
             mean=_mean(own),
             sd=_sd(own),

@@ -81,7 +81,8 @@ def parts(results: Mapping[str, Any], drawn: Mapping[str, Picture]) -> list[Part
     if scored or analysis["recall"]:
         found.append(Part("Findings", _listed(findings.paragraph(analysis)), kind="findings"))
     if scored:
-        found.append(Part("On the same held-out tokens", _main_text(analysis), (tables.main_table(analysis),)))
+        shown = tables.main_table(analysis), tables.units_table(analysis)
+        found.append(Part("On the same held-out tokens", _main_text(analysis), shown))
         found.append(_part(tables.differences(analysis)))
     verdicts = tuple(claims.verdicts(results))
     found.append(Part("The article's claims, one by one", _claims_text(), verdicts=verdicts))

@@ -1,5 +1,6 @@
 """The main tables of a report, from the JSON values of its analysis."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,26 @@ def main_table(analysis: dict[str, Any]) -> Table:
         "was trained at (see the curves)."
     )
     return Table(("strategy", "B x T", "seeds", *(f"context {int(c):,}" for c in contexts)), tuple(rows), note)
+
+
+def units_table(analysis: dict[str, Any]) -> Table:
+    """The same in other units, at the longest context that all share and at the longest of each strategy."""
+    settings = {arm["setting"] for arm in analysis["arms"]}
+    rows = []
+    for arm in analysis["arms"]:
+        name = arm["strategy"] + (f", {arm['setting']}" if len(settings) > 1 else "")
+        own = [c for c in analysis["contexts"] if not arm["contexts"][str(c)]["beyond"]]
+        for context in sorted({*analysis["shared_contexts"][-1:], *own[-1:]}):
+            loss, bits = arm["contexts"][str(context)]["mean"], arm["bits_per_byte"][str(context)]
+            mark = f" {LEAKING}" if arm["own"]["leaking"] else ""
+            cells = (f"{loss:.3f}", f"{math.exp(loss):.2f}", f"{bits:.4f}", f"{arm['accuracy'][str(context)]:.2%}")
+            rows.append((name, shape(arm), f"{context:,}", *(cell + mark for cell in cells)))
+    columns = ("strategy", "B x T", "context", "nats a token", "perplexity", "bits a byte", "accuracy")
+    note = (
+        "Means over seeds (perplexity: e to the mean loss). Bits a byte do not depend on the tokenizer: they compare "
+        "with other work on the same text."
+    )
+    return Table(columns, tuple(rows), note)
 
 
 def _loss(entry: dict[str, Any], arm: dict[str, Any]) -> str:
