@@ -58,7 +58,7 @@ def train_usage(config: Any, target: Target) -> Usage:
     mesh = mesh_of(config, target)
     validate(config, tuple(mesh.shape[axis] for axis in sharding.AXES), target.platform)
     with jax.set_mesh(mesh):
-        model, optimizer, state = _abstract(config, mesh)
+        model, optimizer, state = abstract_state(config, mesh)
         schedule = make_schedule(config.optimizer, config.optimizer.learning_rate, STEPS)
         batch = abstract_batch(config, mesh, config.batch_size, config.seq_len, config.train.accumulation)
         return _compile(step.make_train_step(model, optimizer, schedule).lower(state, batch), target)
@@ -70,7 +70,7 @@ def eval_usage(config: Any, target: Target) -> Usage:
     mesh = mesh_of(config, target)
     data, _, seq = (mesh.shape[axis] for axis in sharding.AXES)
     with jax.set_mesh(mesh):
-        model, _, state = _abstract(config, mesh)
+        model, _, state = abstract_state(config, mesh)
         rows = max(1, config.eval.batch_tokens // config.seq_len // data) * data
         batch = abstract_batch(config, mesh, rows, config.seq_len + -config.seq_len % seq)
         lowered = jax.jit(evaluate.eval_step, static_argnums=0).lower(model, state.params, batch)
@@ -85,7 +85,8 @@ def without_remat(config: Any) -> ConfigDict:
     return changed
 
 
-def _abstract(config: Any, mesh: Any) -> tuple[Any, Any, Any]:
+def abstract_state(config: Any, mesh: Any) -> tuple[Any, Any, Any]:
+    """(model, optimizer, train state as shapes with shardings) of a config; call it under `jax.set_mesh(mesh)`."""
     model = MoETransformer(ModelConfig(**config.model, fsdp=config.mesh.fsdp))
     optimizer = make_optimizer(config.optimizer, STEPS)
     shape = tuple(mesh.shape[axis] for axis in sharding.AXES)
@@ -125,5 +126,5 @@ def state_bytes(config: Any, target: Target) -> dict[str, int]:
     """{'parameters', 'optimizer'} of one device, from shapes alone."""
     mesh = mesh_of(config, target)
     with jax.set_mesh(mesh):
-        _, _, state = _abstract(config, mesh)
+        _, _, state = abstract_state(config, mesh)
     return dict(parameters=bytes_of(state.params), optimizer=bytes_of(state.opt_state))

@@ -109,7 +109,7 @@ def law_figure(plan: dict[str, Any]) -> Figure:
     styles = styles_of([law["attention"] for law in plan["law"]])
     for law in plan["law"]:
         style = styles[law["attention"]]
-        points = {(p["batch"], p["seq_len"]): p["bytes"] for p in law["points"]}
+        points = {(p["batch"], p["seq_len"]): p["amount"] for p in law["points"]}
         batches, lengths = sorted({b for b, _ in points}), sorted({t for _, t in points})
         fixed = [(batches[0], t) for t in lengths]
         tokens = max({b * t for b, t in points}, key=lambda n: (sum(b * t == n for b, t in points), n))

@@ -1,7 +1,9 @@
-"""The law of memory: bytes = a + b * B * T + c * B * T^2, fitted to compiled programs, one for each attention backend.
+"""The law of a step: amount = a + b * B * T + c * B * T^2, one for each attention backend.
 
-a: what no batch takes away (state, gradients, a chunk's logits); b: activations of a token; c: scores that are kept
-for every pair of tokens. The original claims "2x batch = 2x memory, 2x length = 4x memory", at fixed batch.
+Of memory (bytes of compiled programs): a, what no batch takes away (state, gradients, a chunk's logits); b, activations
+of a token; c, scores that are kept for every pair of tokens. Of compute (FLOPs of traced programs): a, the optimiser;
+b, the products of a token; c, those of a pair. The original claims "2x batch = 2x memory, 2x length = 4x memory", at
+fixed batch.
 """
 
 import dataclasses
@@ -11,7 +13,6 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from research import flops
 from research.analysis.page import VERDICTS
 
 HOLDS, CONDITIONS, FAILS, _ = VERDICTS
@@ -21,22 +22,23 @@ CLOSE = 0.1  # a ratio within 10 % of what the claim says agrees with it
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A compiled step: rows, tokens a row, bytes of one device."""
+    """A step: rows, tokens a row, and what it takes of one device (bytes, or FLOPs)."""
 
     batch: int
     seq_len: int
-    bytes: int
+    amount: int
 
 
 def fit(points: Sequence[Point]) -> dict[str, dict[str, float]]:
     """{'a', 'b', 'c'}: each {'value', 'low', 'high'}, and 'misfit': the largest relative error.
 
-    Least squares of relative errors; intervals of 95 % by Student's t (Draper and Smith 1998, chapter 1): memory is not
-    drawn at random, so they tell how far the three terms explain it. Raises: ValueError for fewer than five points.
+    Least squares of relative errors; intervals of 95 % by Student's t (Draper and Smith 1998, chapter 1): nothing is
+    drawn at random here, so they tell how far the three terms explain it. Raises: ValueError for fewer than five
+    points.
     """
     if len(points) < 5:
         raise ValueError(f"{len(points)} points: a fit of three terms with intervals needs five")
-    size = np.array([p.bytes for p in points], np.float64)
+    size = np.array([p.amount for p in points], np.float64)
     tokens = np.array([p.batch * p.seq_len for p in points], np.float64)
     length = np.array([p.seq_len for p in points], np.float64)
     terms = np.stack([np.ones_like(tokens), tokens, tokens * length], axis=1) / size[:, None]
@@ -55,8 +57,8 @@ def fit(points: Sequence[Point]) -> dict[str, dict[str, float]]:
 
 def ratios(points: Sequence[Point], a: float) -> list[dict[str, Any]]:
     """For every point whose doubles are there too: what doubling the batch, the length, or the length at equal tokens
-    multiplies memory by; whole, and without the part `a` that no batch changes."""
-    sizes = {(p.batch, p.seq_len): p.bytes for p in points}
+    multiplies the amount by; whole, and without the part `a` that no batch changes."""
+    sizes = {(p.batch, p.seq_len): p.amount for p in points}
     found = []
     for (batch, length), size in sorted(sizes.items()):
         doubles = dict(batch=(2 * batch, length), length=(batch, 2 * length), equal_tokens=(batch // 2, 2 * length))
@@ -65,15 +67,6 @@ def ratios(points: Sequence[Point], a: float) -> list[dict[str, Any]]:
             whole = {name: value / size for name, value in known.items()}
             growing = {name: (value - a) / (size - a) for name, value in known.items()}
             found.append(dict(batch=batch, seq_len=length, whole=whole, growing=growing))
-    return found
-
-
-def compute_ratios(model: Any, lengths: Sequence[int]) -> list[dict[str, float]]:
-    """What doubling the length multiplies a step's model FLOPs by, at fixed batch and at equal tokens (flops.py)."""
-    found = []
-    for length in lengths:
-        ratio = flops.train_flops_per_token(model, 2 * length) / flops.train_flops_per_token(model, length)
-        found.append(dict(seq_len=length, length=2 * ratio, equal_tokens=ratio))
     return found
 
 

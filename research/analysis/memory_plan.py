@@ -9,7 +9,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from research import metrics, sizes
-from research.analysis import frontier, memory, memory_law
+from research.analysis import compute, frontier, memory, memory_law
 from research.analysis.frontier import with_fields
 from research.analysis.parts import parts as parts_of
 from research.analysis.programs import Programs
@@ -17,6 +17,7 @@ from research.config import ConfigError
 from research.target import Target
 
 LAW_BATCHES = (2, 4, 8)
+COUNTED = ("xla", "chunked")  # backends whose work is in the traced program; cuDNN's kernel is one call
 
 
 def make(
@@ -55,7 +56,6 @@ def make(
         scale=config.scale,
         cells=cells,
         law=laws,
-        compute=memory_law.compute_ratios(config.model, grid),
     )
 
 
@@ -83,19 +83,24 @@ def law_lengths(lengths: Sequence[int]) -> list[int]:
 
 
 def _law(config, backend, lengths, programs, progress) -> dict[str, Any]:
-    points = []
+    taken, done = [], []
     for length in lengths:
         for batch in LAW_BATCHES:
-            fields = {"model.attention": backend, "seq_len": length, "batch_size": batch}
-            points.append(memory_law.Point(batch, length, programs.usage(with_fields(config, fields)).total))
+            given = with_fields(config, {"model.attention": backend, "seq_len": length, "batch_size": batch})
+            taken.append(memory_law.Point(batch, length, programs.usage(given).total))
+            if backend in COUNTED:
+                done.append(memory_law.Point(batch, length, compute.train_flops(given, programs.target)))
             progress.done()
+    memory = _fitted(taken)
+    verdict, text = memory_law.verdict(memory["ratios"])
+    found = dict(attention=backend, verdict=verdict, evidence=text, compute=_fitted(done) if done else None)
+    return found | memory
+
+
+def _fitted(points: Sequence[memory_law.Point]) -> dict[str, Any]:
     fitted = memory_law.fit(points)
     ratios = memory_law.ratios(points, fitted["a"]["value"])
-    verdict, text = memory_law.verdict(ratios)
-    return dict(
-        attention=backend, points=[dataclasses.asdict(p) for p in points], fit=fitted, ratios=ratios,
-        verdict=verdict, evidence=text,
-    )  # fmt: skip
+    return dict(points=[dataclasses.asdict(p) for p in points], fit=fitted, ratios=ratios)
 
 
 class _Waiting:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.ticker import EngFormatter
+
 from research import sizes
 from research.analysis import memory_figures
 from research.analysis.original import ORIGINAL
@@ -145,34 +147,41 @@ def parts_text(plan: dict[str, Any]) -> str:
 def law_text(plan: dict[str, Any], drawn: set[str]) -> str:
     if not plan["law"]:
         return ""
-    columns = ["attention", "a (fixed)", "b (bytes a token)", "c (bytes a pair)", "largest misfit"]
-    rows = [
-        [law["attention"], *(_interval(law["fit"][name], name == "a") for name in "abc"), f"{law['fit']['misfit']:.1%}"]
-        for law in plan["law"]
-    ]
-    ratio_columns = ["attention", "from", "2x batch", "2x length", "2x length, equal tokens"]
-    ratio_rows = [
-        [law["attention"], f"{r['batch']} x {r['seq_len']}",
-         *(f"{r['whole'][name]:.2f} ({r['growing'][name]:.2f})" for name in ("batch", "length", "equal_tokens"))]
-        for law in plan["law"] for r in law["ratios"]
-    ]  # fmt: skip
-    compute = "; ".join(
-        f"from {entry['seq_len']:,} tokens {entry['length']:.2f} times ({entry['equal_tokens']:.2f} at equal tokens)"
-        for entry in plan["compute"]
-    )
+    counted = [law | law["compute"] for law in plan["law"] if law["compute"]]
     verdicts = "\n".join(f"- **{law['attention']}: {law['verdict']}.** {law['evidence']}" for law in plan["law"])
     return (
-        "## The law of memory\n\nbytes = a + b B T + c B T^2, least squares of relative errors, intervals of 95 %:\n\n"
-        f"{markdown(columns, rows)}\n\n{picture('law', drawn)}\n\nWhat doubling multiplies memory by, whole and "
-        f"(in brackets) without a:\n\n{markdown(ratio_columns, ratio_rows)}\n\n"
-        f"Model FLOPs when the length doubles: {compute}.\n\n"
+        "## The law of memory, and of compute\n\na + b B T + c B T^2: least squares of relative errors, intervals of "
+        f"95 %. Memory in bytes, of compiled programs:\n\n{_law_table(plan['law'], 'B')}\n\n"
+        f"{picture('law', drawn)}\n\nCompute in FLOPs of matrix products, of the traced programs (recomputation and "
+        f"the optimiser, which is a, with it):\n\n{_law_table(counted, 'FLOP')}\n\nWhat doubling multiplies memory "
+        f"by, whole and (in brackets) without a:\n\n{_ratio_table(plan['law'])}\n\nand compute:\n\n"
+        f"{_ratio_table(counted)}\n\n"
         f'The original says "2x batch = 2x memory; 2x length = 4x memory":\n\n{verdicts}'
     )
 
 
-def _interval(entry: dict[str, float], size: bool) -> str:
-    value, low, high = (sizes.show(entry[k]) if size else f"{entry[k]:,.3g}" for k in ("value", "low", "high"))
+def _law_table(laws: Sequence[dict[str, Any]], unit: str) -> str:
+    columns = ["attention", "a (a step)", "b (a token)", "c (a pair of tokens)", "largest misfit"]
+    rows = [
+        [law["attention"], *(_interval(law["fit"][name], unit) for name in "abc"), f"{law['fit']['misfit']:.1%}"]
+        for law in laws
+    ]
+    return markdown(columns, rows)
+
+
+def _interval(entry: dict[str, float], unit: str) -> str:
+    value, low, high = (EngFormatter(unit, places=2)(entry[k]) for k in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
+
+
+def _ratio_table(laws: Sequence[dict[str, Any]]) -> str:
+    columns = ["attention", "from", "2x batch", "2x length", "2x length, equal tokens"]
+    rows = [
+        [law["attention"], f"{r['batch']} x {r['seq_len']}",
+         *(f"{r['whole'][name]:.2f} ({r['growing'][name]:.2f})" for name in ("batch", "length", "equal_tokens"))]
+        for law in laws for r in law["ratios"]
+    ]  # fmt: skip
+    return markdown(columns, rows)
 
 
 def check_text(checked: Sequence[dict[str, Any]], drawn: set[str]) -> str:

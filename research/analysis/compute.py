@@ -1,0 +1,75 @@
+"""What a step computes: the floating-point operations of its matrix products, counted in the traced program.
+
+Counted as written, recomputation and the optimiser's Newton-Schulz steps too, once for every turn of a scan; nothing is
+compiled. The experts are traced with their ragged product, whose work is that of each row with its own expert, so tiles
+that are not full are not counted. (flops.py has what the mathematics needs, by formula.)
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from research.analysis import memory
+from research.analysis.frontier import with_fields
+from research.config import validate
+from research.optimizer import make_schedule
+from research.sharding import AXES
+from research.step import make_train_step
+from research.target import Target
+
+ONE_DEVICE = {"mesh.data": 1, "mesh.expert": 1, "mesh.seq": 1, "model.moe": "ragged"}
+
+
+def train_flops(config: Any, target: Target) -> int:
+    """Of one training step of `config`, as one device would do it. Raises: ConfigError for a config that cannot run."""
+    config = with_fields(config, ONE_DEVICE)
+    mesh = memory.mesh_of(config, target)
+    validate(config, tuple(mesh.shape[axis] for axis in AXES), target.platform)
+    with jax.set_mesh(mesh):
+        model, optimizer, state = memory.abstract_state(config, mesh)
+        schedule = make_schedule(config.optimizer, config.optimizer.learning_rate, memory.STEPS)
+        batch = memory.abstract_batch(config, mesh, config.batch_size, config.seq_len, config.train.accumulation)
+        return count(make_train_step(model, optimizer, schedule).trace(state, batch).jaxpr.jaxpr)
+
+
+def count(jaxpr: Any) -> int:
+    """FLOPs of the matrix products of a jaxpr and of all inside it. Raises: ValueError at a loop of unknown length."""
+    total = 0
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name == "dot_general":
+            total += _product(equation)
+        elif name == "ragged_dot_general":
+            total += _ragged_product(equation)
+        elif name == "while":
+            raise ValueError("a while loop: how often it turns is not known before it runs")
+        else:
+            turns = equation.params["length"] if name == "scan" else 1
+            total += turns * sum(count(inner) for inner in _inside(equation.params))
+    return total
+
+
+def _product(equation: Any) -> int:
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    lhs, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+    return 2 * math.prod(out) * math.prod(lhs[dim] for dim in contracted)
+
+
+def _ragged_product(equation: Any) -> int:
+    """Every row with the matrix of its own group, whether rows or what is contracted is divided into groups."""
+    numbers = equation.params["ragged_dot_dimension_numbers"]
+    (_, contracted), (_, batched) = numbers.dot_dimension_numbers
+    lhs, rhs = (var.aval.shape for var in equation.invars[:2])
+    inner = {*contracted, *batched, *numbers.rhs_group_dimensions}
+    return 2 * math.prod(lhs) * math.prod(size for dim, size in enumerate(rhs) if dim not in inner)
+
+
+def _inside(params: dict[str, Any]) -> Iterator[Any]:
+    """The jaxprs among an equation's parameters."""
+    for value in params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            item = getattr(item, "jaxpr", item)
+            if hasattr(item, "eqns"):
+                yield item
