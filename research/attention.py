@@ -15,6 +15,7 @@ from research.sharding import AXES, BATCH, TOKENS, platform, varying
 
 MAX_PIECES = 16  # of the queries: more would only lengthen compilation
 MASKED = -1e30
+SCORES_BYTES = 256 * 2**20  # at once, on accelerators: a small part of their memory, and work enough for them
 
 
 def rotary_tables(positions_BT: jax.Array, head_dim: int, base: float) -> tuple[jax.Array, jax.Array]:
@@ -135,17 +136,26 @@ def _to_rows(x_BTHK: jax.Array) -> jax.Array:
 
 
 def _grouped_rows(q, k, v, q_segments, k_segments, key, start, chunk, dropout):
-    """CPU: a row (one head of one sequence) at a time, so that its scores stay in cache; else all at once."""
-    rows = q.shape[0]
-    keys = None if key is None else jax.random.split(key, rows)
-    if platform() != "cpu":
-        key = None if key is None else keys[0]
+    """CPU: a row (one head of one sequence) at a time, so that its scores stay in cache; else as many rows at once as
+    SCORES_BYTES hold, so that memory does not grow with the square of the length."""
+    rows, queries, _ = q.shape
+    size = 1 if platform() == "cpu" else _rows_at_once(rows, min(queries, _chunk(queries, chunk)) * k.shape[1])
+    if size == rows:
         return _flash(q, k, v, q_segments, k_segments, key, start, chunk, dropout)
+    groups = (rows // size,) if size == 1 else (rows // size, size)
+    arrays = jax.tree.map(lambda x: x.reshape(*groups, *x.shape[1:]), (q, k, v, q_segments, k_segments))
+    keys = None if key is None else jax.random.split(key, groups[0])
 
-    def one(_, row):
-        return None, _flash(*row, start, chunk, dropout)
+    def one(_, group):
+        return None, _flash(*group, start, chunk, dropout)
 
-    return jax.lax.scan(one, None, (q, k, v, q_segments, k_segments, keys))[1]
+    return jax.lax.scan(one, None, (*arrays, keys))[1].reshape(q.shape)
+
+
+def _rows_at_once(rows: int, scores: int) -> int:
+    """The largest divisor of `rows` whose float32 scores, so many a row, are SCORES_BYTES at most; 1 at least."""
+    most = max(1, SCORES_BYTES // (4 * scores))
+    return max(size for size in range(1, min(rows, most) + 1) if rows % size == 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
@@ -160,9 +170,14 @@ def _pieces(queries: int, keys: int, chunk: int) -> list[tuple[int, int, int]]:
 
     A query i of a shard sees at most keys - queries + i + 1 keys, whichever shard it is.
     """
-    chunk = max(chunk, -(-queries // MAX_PIECES))
+    chunk = _chunk(queries, chunk)
     stops = [(first, min(first + chunk, queries)) for first in range(0, queries, chunk)]
     return [(first, stop, keys - queries + stop) for first, stop in stops]
+
+
+def _chunk(queries: int, chunk: int) -> int:
+    """Queries at a time: `chunk`, or more where that would be more than MAX_PIECES pieces."""
+    return max(chunk, -(-queries // MAX_PIECES))
 
 
 def _probabilities(q, k, q_segments, k_segments, start, lse=None):
@@ -183,6 +198,11 @@ def _kept(key, piece, shape, dropout):
     return keep.astype(jnp.float32) / (1 - dropout)
 
 
+def _after(*arrays):
+    """The arrays, the first when all are there: piece after piece, or a GPU's compiler holds the scores of several."""
+    return arrays if platform() == "cpu" else jax.lax.optimization_barrier(arrays)
+
+
 def _cut(x, first, stop):
     return None if x is None else x[..., first:stop]
 
@@ -190,8 +210,11 @@ def _cut(x, first, stop):
 def _flash_forward(q, k, v, q_segments, k_segments, key, start, chunk, dropout):
     outs, lses = [], []
     for piece, (first, stop, keys) in enumerate(_pieces(q.shape[-2], k.shape[-2], chunk)):
+        q_piece = q[..., first:stop, :]
+        if outs:
+            q_piece, outs[-1] = _after(q_piece, outs[-1])
         p, lse = _probabilities(
-            q[..., first:stop, :], k[..., :keys, :],
+            q_piece, k[..., :keys, :],
             _cut(q_segments, first, stop), _cut(k_segments, 0, keys), start + first,
         )  # fmt: skip
         if dropout > 0:
@@ -209,6 +232,8 @@ def _flash_backward(chunk, dropout, saved, d_out):
     dk, dv = jnp.zeros_like(k, jnp.float32), jnp.zeros_like(v, jnp.float32)
     for piece, (first, stop, keys) in enumerate(_pieces(q.shape[-2], k.shape[-2], chunk)):
         q_piece, k_piece, d_piece = q[..., first:stop, :], k[..., :keys, :], d_out[..., first:stop, :]
+        if dqs:
+            q_piece, d_piece, dqs[-1], dk, dv = _after(q_piece, d_piece, dqs[-1], dk, dv)
         p, _ = _probabilities(
             q_piece, k_piece, _cut(q_segments, first, stop), _cut(k_segments, 0, keys),
             start + first, lse[..., first:stop],
