@@ -80,7 +80,8 @@ def band(mean: float, width: float) -> dict:
 
 
 def bin_of(distance: int, share: float) -> dict:
-    return {"from": distance, "to": 2 * distance - 1, "mean": share, "low": share - 0.02, "high": share + 0.02}
+    ends = {"from": distance, "to": 2 * distance - 1}
+    return ends | dict(mean=share, low=share - 0.02, high=share + 0.02, by_seed=[share] * 3)
 
 
 def budgets(losses: dict, seconds: tuple, seeds: int, early: float) -> dict:

@@ -5,6 +5,7 @@ from typing import Any
 
 from research.analysis import evidence
 from research.analysis.evidence import CONDITIONS, FAILS, HOLDS, UNTESTED, Analysis, Judged, arms
+from research.analysis.recall import share
 
 NOT_RUN = "The recall task was not run: it would show accuracy against distance."
 Entry = Mapping[str, Any]
@@ -56,10 +57,6 @@ def further(analysis: Analysis) -> tuple[bool | None, str]:
 
 def distances(b: Entry) -> str:
     return f"{b['from']:,} to {b['to']:,}"
-
-
-def share(b: Entry) -> str:
-    return f"{b['mean']:.1%} [{b['low']:.1%}, {b['high']:.1%}]"
 
 
 def short_cannot(analysis: Analysis) -> Judged:

@@ -127,6 +127,9 @@ def recall_figure(analysis: dict[str, Any], styles: Styles) -> Figure:
             middle = [(b["from"] * (b["to"] + 1)) ** 0.5 for b in entry[suite]]
             label = f"{entry['strategy']}  T={entry['seq_len']}"
             axes.plot(middle, [b["mean"] for b in entry[suite]], label=label, markeredgecolor="white", **style)
+            small = dict(color=style["color"], markersize=4, alpha=0.5, markeredgewidth=0)
+            for seed in zip(*(b["by_seed"] for b in entry[suite]), strict=True):
+                axes.plot(middle, seed, style["marker"], **small)
             edges = [[b[end] for b in entry[suite]] for end in ("low", "high")]
             axes.fill_between(middle, *edges, color=style["color"], alpha=0.15, lw=0)
             axes.axvline(entry["seq_len"], ymax=0.04, color=style["color"], linewidth=2.2)
@@ -137,10 +140,11 @@ def recall_figure(analysis: dict[str, Any], styles: Styles) -> Figure:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.set_ylim(-0.03, 1.03)
-        axes.set_xlabel("distance to where the key was last said (tokens, log scale)")
+        axes.set_xlabel("tokens since the key was last said (log scale)")
         axes.set_title(title)
     panels[0].set_ylabel("answers that are right")
-    legend(figure, panels[0], "bands: 95 % (Wilson);  dotted: chance;  ticks at the foot: trained lengths")
+    note = "small: single seeds;  bands: 95 % (Wilson);  dotted: chance;  ticks at the foot: trained lengths"
+    legend(figure, panels[0], note)
     return figure
 
 

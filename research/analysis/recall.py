@@ -41,7 +41,8 @@ def _by_distance(arm: Arm, suite: str) -> list[dict[str, Any]]:
         low, high = wilson(int(hits.sum()), hits.size)
         entry = dict(right=int(hits.sum()), answers=int(hits.size), mean=rounded(hits.mean()))
         spread = rounded(np.std(hits.mean(axis=1), ddof=1)) if len(hits) > 1 else None
-        found.append({"from": int(2**b), "to": int(2 ** (b + 1) - 1)} | entry | dict(low=low, high=high, sd=spread))
+        entry |= dict(low=low, high=high, sd=spread, by_seed=[rounded(share) for share in hits.mean(axis=1)])
+        found.append({"from": int(2**b), "to": int(2 ** (b + 1) - 1)} | entry)
     return found
 
 
@@ -66,14 +67,19 @@ def section(analysis: dict[str, Any]) -> Section | None:
     return Section("How far back can it recall?", text, tables)
 
 
+def share(b: dict[str, Any]) -> str:
+    """Accuracy in a bin of distances with its interval, and that of each seed: looking up is learnt all at once, or not
+    at all, so seeds may differ by more than the interval of their answers."""
+    text = f"{b['mean']:.1%} [{b['low']:.1%}, {b['high']:.1%}]"
+    return text if len(b["by_seed"]) < 2 else f"{text} ({', '.join(f'{seed:.0%}' for seed in b['by_seed'])})"
+
+
 def _table(found: Sequence[dict[str, Any]], suite: str) -> Table:
     bins = [(e["from"], e["to"]) for e in found[0][suite]]
-    rows = tuple(
-        (e["strategy"], f"{e['seq_len']:,}", *(f"{b['mean']:.1%} [{b['low']:.1%}, {b['high']:.1%}]" for b in e[suite]))
-        for e in found
-    )
+    rows = tuple((e["strategy"], f"{e['seq_len']:,}", *(share(b) for b in e[suite])) for e in found)
+    seeds = ", ".join(str(seed) for seed in found[0]["seeds"])
     note = (
-        f"Accuracy [95 %, Wilson], all seeds together, in {SUITES[suite]}; chance is {found[0]['chance']:.1%}. "
-        f"Answers a cell: {found[0][suite][0]['answers']:,} or so."
+        f"Accuracy [95 %, Wilson, of the answers], all seeds together (and of seeds {seeds} each), in {SUITES[suite]}; "
+        f"chance is {found[0]['chance']:.1%}. Answers a cell: {found[0][suite][0]['answers']:,} or so."
     )
     return Table(("strategy", "trained at", *(f"{a:,} to {b:,}" for a, b in bins)), rows, note)
