@@ -1,5 +1,6 @@
 """What an analysis says: differences on the same targets, corrected; who is ranked; the paragraph; every figure."""
 
+import copy
 import functools
 import json
 import tempfile
@@ -74,6 +75,22 @@ def test_the_same_losses_in_other_units():
     for row in rows:
         loss = arms["balanced"]["contexts"][row[2]]["mean"]
         assert row[3:] == (f"{loss:.3f}", f"{np.exp(loss):.2f}", f"{loss / 2.6:.4f}", "21.00%")
+
+
+def test_a_unit_that_older_results_do_not_hold_is_a_dash(tmp_path):
+    runs = study.collect(tmp_path, write_study(tmp_path, seeds=(42,)), {})
+    for run in runs:
+        for scores in run.result["eval"]["contexts"].values():
+            del scores["accuracy"]
+            scores["bits_per_byte"] = None  # of targets without text
+    found = json.loads(json.dumps(comparison.analyse(runs), allow_nan=False))
+    older = copy.deepcopy(analysed())
+    for arm in older["arms"]:
+        del arm["accuracy"]
+    assert {row[5:] for row in tables.units_table(found).rows} == {("–", "–")}
+    table = tables.units_table(older)
+    assert {row[6] for row in table.rows} == {"–"} and all("–" not in row[3:6] for row in table.rows)
+    assert "–: not measured" in table.note and "not measured" not in tables.units_table(analysed()).note
 
 
 def test_one_seed_is_said_to_be_one():

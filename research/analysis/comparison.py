@@ -69,7 +69,7 @@ def describe(arm: Arm) -> dict[str, Any]:
         **{name: first[name] for name in ("protocol", "batch_size", "seq_len", "tokens_per_step", "steps", "tokens")},
         contexts=by_context,
         **{
-            name: {c: _mean([r["eval"]["contexts"][c][name] for r in results]) for c in by_context}
+            name: {c: _mean([r["eval"]["contexts"][c].get(name) for r in results]) for c in by_context}
             for name in ("bits_per_byte", "accuracy")
         },
         own=dict(

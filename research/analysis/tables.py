@@ -37,15 +37,19 @@ def units_table(analysis: dict[str, Any]) -> Table:
         name = arm["strategy"] + (f", {arm['setting']}" if len(settings) > 1 else "")
         own = [c for c in analysis["contexts"] if not arm["contexts"][str(c)]["beyond"]]
         for context in sorted({*analysis["shared_contexts"][-1:], *own[-1:]}):
-            loss, bits = arm["contexts"][str(context)]["mean"], arm["bits_per_byte"][str(context)]
+            loss = arm["contexts"][str(context)]["mean"]
+            bits, right = (arm.get(unit, {}).get(str(context)) for unit in ("bits_per_byte", "accuracy"))
             mark = f" {LEAKING}" if arm["own"]["leaking"] else ""
-            cells = (f"{loss:.3f}", f"{math.exp(loss):.2f}", f"{bits:.4f}", f"{arm['accuracy'][str(context)]:.2%}")
-            rows.append((name, shape(arm), f"{context:,}", *(cell + mark for cell in cells)))
+            cells = [f"{loss:.3f}{mark}", f"{math.exp(loss):.2f}{mark}"]
+            cells += ["–" if bits is None else f"{bits:.4f}{mark}", "–" if right is None else f"{right:.2%}{mark}"]
+            rows.append((name, shape(arm), f"{context:,}", *cells))
     columns = ("strategy", "B x T", "context", "nats a token", "perplexity", "bits a byte", "accuracy")
     note = (
         "Means over seeds (perplexity: e to the mean loss). Bits a byte do not depend on the tokenizer: they compare "
         "with other work on the same text."
     )
+    if any("–" in row for row in rows):
+        note += " –: not measured."
     return Table(columns, tuple(rows), note)
 
 
