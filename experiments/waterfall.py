@@ -204,7 +204,8 @@ def report_only(workdir: Path) -> int:
 
 def _conclude(folder: Path) -> int:
     results = waterfall.write(folder)
-    print(f"\n{waterfall_report.summary(results['analysis']['waterfall'])}\n\n{folder / 'report.md'}")
+    print(f"\n{waterfall_report.summary(results['analysis']['waterfall'])}")
+    print(f"\n{folder / 'report.md'}\n{folder / 'report.html'}")
     left = [run for run in results["runs"] if run["status"] not in (waterfall.FINISHED, waterfall.DIVERGED)]
     for run in left:
         print(f"{run['name']} {run['status']}", file=sys.stderr)

@@ -18,7 +18,7 @@ from experiments import waterfall_plan as plans
 from experiments.ablation import STRATEGIES as ABLATION_STRATEGIES
 from experiments.ablation import Interrupted
 from experiments.flags import load_config
-from research.analysis import waterfall, waterfall_report
+from research.analysis import markup, waterfall, waterfall_report
 from research.config import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -237,9 +237,25 @@ def test_the_floor_stands_beside_every_leaking_number(finished):
         line = next(
             line for line in text.splitlines() if line.startswith(f"| {row['strategy']} |") and "LEAKING" in line
         )
-        assert f"{row['floor']:.4f}" in line
+        cells = [cell.strip() for cell in line.split("|")]
+        assert f"{row['floor']:.4f}" == cells[cells.index(f"{row['loss']:.4f} **LEAKING**") + 1]  # read with the loss
     parts = re.split(r"^## ", text, flags=re.M)
     assert [("LEAKING" in part) for part in parts if part.startswith("Stage")] == [True] + [False] * 6
+
+
+def test_every_difference_stands_in_both_reports_with_its_p(finished):
+    found = json.loads((finished / "report" / "results.json").read_text())["analysis"]["waterfall"]
+    parts = [part for part in waterfall_report.sections({"waterfall": found}) if part.title == "Differences"]
+    rows = parts[0].tables[0].rows
+    pairs = [(stage, pair) for stage in found["stages"] for pair in stage["pairs"]]
+    assert len(rows) == len(pairs) == 3 * 5
+    page = (finished / "report" / "report.html").read_text()
+    for row, (stage, pair) in zip(rows, pairs, strict=True):
+        assert row[:3] == (str(stage["number"]), stage["name"], f"{pair['a']} - {pair['b']}")
+        assert row[3].startswith(f"{pair['mean']:+.4f} [{pair['low']:+.4f}") and row[4] == f"{pair['p_holm']:.3g}"
+        lower = min(stage["rows"], key=lambda r: (r["strategy"] not in (pair["a"], pair["b"]), r["loss"]))
+        assert (row[5] == lower["strategy"]) == pair["shown"]
+        assert str(markup.inline(row[3])) in page and str(markup.inline(row[2])) in page
 
 
 def test_the_learning_rates_say_whether_the_optimum_is_inside(finished):
@@ -250,12 +266,15 @@ def test_the_learning_rates_say_whether_the_optimum_is_inside(finished):
     assert "The best of balanced, long_seq lies on the edge of its grid" in text
 
 
-def test_the_report_is_made_again_from_its_own_files(finished, tmp_path):
+def test_the_report_is_made_again_from_its_own_files(finished, tmp_path, capsys):
     made = finished / "report"
     for name in ("results.json", "heldout_losses.npz"):
         shutil.copy(made / name, tmp_path / name)
     assert script.main([f"--workdir={tmp_path}", "--report_only"]) == 0
-    assert (tmp_path / "report.md").read_bytes() == (made / "report.md").read_bytes()
+    assert capsys.readouterr().out.endswith(f"{tmp_path / 'report.md'}\n{tmp_path / 'report.html'}\n")
+    for name in ("report.md", "report.html"):
+        assert (tmp_path / name).read_bytes() == (made / name).read_bytes()
+        assert not re.search("/home|/tmp", (made / name).read_text())
     assert (tmp_path / "results.json").read_bytes() == (made / "results.json").read_bytes()
     assert (tmp_path / "figures" / "waterfall.svg").read_bytes() == (made / "figures" / "waterfall.svg").read_bytes()
     assert "/home" not in (tmp_path / "results.json").read_text()

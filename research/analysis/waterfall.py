@@ -95,7 +95,7 @@ def _read_run(folder: Path, state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write(folder: Path) -> dict[str, Any]:
-    """Makes the analysis, the figure and report.md from the two data files in `folder`; returns results.json's content.
+    """Makes the analysis, figure, report.md and report.html of the two data files in `folder`; returns results.json.
 
     Raises: ConfigError where a data file is missing or damaged.
     """

@@ -9,6 +9,7 @@ from research.analysis import waterfall_figure
 from research.analysis.page import Picture, Section, Table
 from research.analysis.render import Page, Part
 from research.analysis.render import write as write_page
+from research.analysis.tables import verdict
 
 LEAKING = "**LEAKING**"
 QUESTION = (
@@ -57,7 +58,7 @@ def section(analysis: Mapping[str, Any]) -> Section | None:
 
 
 def sections(analysis: Mapping[str, Any], pictures: Sequence[Picture] = ()) -> list[Section]:
-    """The whole report: what was found, the table of each stage, and the learning rates."""
+    """The whole report: what was found, the table of each stage, the differences, and the learning rates."""
     found = analysis["waterfall"]
     said = "\n".join(f"- {sentence}" for sentence in re.split(r"(?<=\.) (?=[A-Z])", summary(found)))
     parts = [Section("What was found", said, (_overview(found),), tuple(pictures))]
@@ -65,6 +66,8 @@ def sections(analysis: Mapping[str, Any], pictures: Sequence[Picture] = ()) -> l
         mark = f" {LEAKING}" if stage["leaking"] else ""
         title = f"Stage {stage['number']}: {stage['name']}{mark}"
         parts.append(Section(title, f"Changed: {stage['changed']}.", (_stage_table(stage, found),)))
+    if any(stage["pairs"] for stage in found["stages"]):
+        parts.append(Section("Differences", "", (_differences(found),)))
     if found["rates"]:
         parts.append(Section("Learning rates", _rates_text(found), (_rates_table(found["rates"]),)))
     return parts
@@ -189,17 +192,18 @@ def _facts(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _own_table(stage: Mapping[str, Any]) -> Table:
     leaking, mark = stage["leaking"], f" {LEAKING}" if stage["leaking"] else ""
-    columns = (*_SHARED, "loss at own length", "rank", "accuracy", "unigram entropy")
-    columns += ("floor", "above the floor", "nats a window") if leaking else ()
+    floor = ("floor", "above the floor") if leaking else ()  # beside the loss: it is not read without them
+    columns = (*_SHARED, "loss at own length", *floor, "rank", "accuracy", "unigram entropy")
+    columns += ("nats a window",) if leaking else ()
     rows = []
     for row in stage["rows"]:
         if row["loss"] is None:
             rows.append((row["strategy"], *["missing"] * (len(columns) - 1)))
             continue
-        cells = [f"{row['loss']:.4f}{mark}", str(row["rank"]), f"{row['accuracy']:.2%}{mark}"]
-        cells.append(f"{row['unigram_entropy']:.3f}")
-        if leaking:
-            cells += [f"{row['floor']:.4f}", f"{row['above_floor']:.4f}", f"{row['nats_per_window']:.1f}"]
+        cells = [f"{row['loss']:.4f}{mark}"]
+        cells += [f"{row['floor']:.4f}", f"{row['above_floor']:.4f}"] if leaking else []
+        cells += [str(row["rank"]), f"{row['accuracy']:.2%}{mark}", f"{row['unigram_entropy']:.3f}"]
+        cells += [f"{row['nats_per_window']:.1f}"] if leaking else []
         rows.append((*_facts(row), *cells))
     note = (
         "Nats a token in windows of each strategy's own length: not the same task for each, so no interval is given "
@@ -214,6 +218,30 @@ def _own_table(stage: Mapping[str, Any]) -> Table:
         if any(row["loss"] is not None and not row["first_token_measured"] for row in stage["rows"]):
             note += " H(first) was not measured here; the unigram entropy stands for it."
     return Table(columns, tuple(rows), note + _missing(stage))
+
+
+def _differences(found: Mapping[str, Any]) -> Table:
+    """Every pair of strategies at each stage that scores them on the same targets."""
+    rows = tuple(
+        (
+            str(stage["number"]),
+            stage["name"],
+            f"{pair['a']} - {pair['b']}",
+            _interval(pair),
+            "–" if pair["p_holm"] is None else f"{pair['p_holm']:.3g}",
+            verdict(pair),
+            str(len(pair["seeds"])),
+        )
+        for stage in found["stages"]
+        for pair in stage["pairs"]
+    )
+    note = (
+        "Nats a token on the same targets with the same context [95 %: held-out documents, and seeds where there are "
+        "several, resampled in pairs]; p after Holm's correction over the pairs of a stage. With one seed neither "
+        "covers the choice of it."
+    )
+    columns = ("stage", "name", "difference", "nats a token [95 %]", "p (Holm)", "lower loss", "seeds")
+    return Table(columns, rows, note)
 
 
 def _missing(stage: Mapping[str, Any]) -> str:
