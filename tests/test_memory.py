@@ -215,6 +215,24 @@ def test_a_mistake_is_one_line_and_nothing_is_written(tmp_path, capsys, argument
     assert not (tmp_path / "frontier").exists()
 
 
+def test_a_mistake_in_one_thread_stops_the_others(tmp_path, here):
+    kept, begun = programs.Programs(here), []
+
+    def run(item):
+        begun.append(item)
+        if item == 0:
+            raise ConfigError("--lengths", 0, "wrong")
+        while True:  # until the stop
+            kept.usage(config)
+
+    config = config_of(**{"data.cache_dir": str(tmp_path)})
+    kept.usage(config)
+    with pytest.raises(ConfigError, match="--lengths=0: wrong"):
+        memory_plan._at_once(run, range(64), kept)
+    assert len(begun) < 64
+    assert memory_plan._at_once(lambda item: (kept.usage(config), item)[1], range(5), kept) == [0, 1, 2, 3, 4]
+
+
 def test_a_plan_beside_real_steps(monkeypatch):
     """The step's own process: within 15 % on a step of half a GB; a step that cannot run is shown as failed."""
     monkeypatch.delenv("XLA_FLAGS")  # one device, as users have

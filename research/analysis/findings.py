@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from research.analysis import budgets
+from research.analysis import budgets, recall
 from research.analysis.comparison import difference_of
 from research.analysis.original import RANKING
 
@@ -103,13 +103,21 @@ def scarce(analysis: dict[str, Any]) -> list[str]:
 
 
 def recalls(analysis: dict[str, Any]) -> list[str]:
-    """How far back each strategy recalls above chance."""
+    """How much each strategy recalls at the longest distances, reading whole documents or as much as its rows."""
+    found = analysis["recall"]
+    if not found:
+        return []
+    farthest = max(b["from"] for entry in found for b in entry["raw"])
     said = []
-    for entry in analysis["recall"]:
-        above = [b["to"] for b in entry["raw"] if b["low"] > entry["chance"]]
-        text = f"up to distances of {max(above):,}" if above else "at no distance"
-        said.append(f"{entry['strategy']} {text}")
-    return [f"On the recall task, above chance: {'; '.join(said)}."] if said else []
+    for suite, reading in recall.SUITES.items():
+        bins = {e["strategy"]: next((b for b in e[suite] if b["from"] == farthest), None) for e in found}
+        each = ", ".join(f"{name} {recall.share(b)}" for name, b in bins.items() if b)
+        said.append(f"in {reading}: {each}")
+    to = 2 * farthest - 1
+    return [
+        f"Recalled at distances of {farthest:,} to {to:,} tokens (chance {found[0]['chance']:.1%}; in brackets each "
+        f"seed), {'; '.join(said)}."
+    ]
 
 
 def ranking(analysis: dict[str, Any]) -> list[str]:

@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -34,17 +36,20 @@ def make(
     total = len(lengths) * len(choices) + len(backends) * len(grid) * len(LAW_BATCHES)
     with _progress(total) as progress:
         programs = Programs(target, progress.saying)
-        found, cells = [], []
-        for cell in frontier.frontier(config, size, lengths, choices, programs):
-            found.append(cell)
-            cells.append(_entry(cell))
-            if parts and cell.batch:
-                fields = cell.choice | dict(seq_len=cell.seq_len, batch_size=cell.batch)
-                cells[-1]["parts"] = parts_of(with_fields(config, fields), programs)
-            progress.done()
-        if not any(cell.batch for cell in found):
-            raise frontier.too_small("--budget", budget, found)
-        laws = [_law(config, backend, grid, programs, progress) for backend in backends]
+
+        def plan(choice: dict[str, Any]) -> list[tuple[frontier.Cell, dict[str, Any]]]:
+            return [
+                (cell, _entry(cell, config, parts, programs, progress))
+                for cell in frontier.frontier(config, size, lengths, [choice], programs)
+            ]
+
+        def law_of(backend: str) -> dict[str, Any]:
+            return _law(config, backend, grid, programs, progress)
+
+        planned = [pair for pairs in _at_once(plan, choices, programs) for pair in pairs]
+        if not any(cell.batch for cell, _ in planned):
+            raise frontier.too_small("--budget", budget, [cell for cell, _ in planned])
+        laws = _at_once(law_of, backends, programs)
     return dict(
         target=target.name,
         absent=target.absent,
@@ -54,14 +59,35 @@ def make(
         budget=budget,
         budget_bytes=size,
         scale=config.scale,
-        cells=cells,
+        cells=[entry for _, entry in planned],
         law=laws,
     )
 
 
-def _entry(cell: frontier.Cell) -> dict[str, Any]:
-    entry = dataclasses.asdict(cell) | dict(tokens=cell.tokens)
-    return entry | dict(total=cell.train.total if cell.train else None)
+def _at_once(run: Callable[[Any], Any], items: Sequence[Any], programs: Programs) -> list[Any]:
+    """run(item) of each in their order, on as many threads as there are cores: compilers let go of Python's lock.
+
+    The first that fails stops the others at their next program.
+    """
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        futures = [pool.submit(run, item) for item in items]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+            failed = [f for f in futures if f.done() and f.exception() is not None]
+            return [future.result() for future in failed or futures]
+        finally:
+            programs.stop.set()
+            pool.shutdown(cancel_futures=True)
+            programs.stop.clear()
+
+
+def _entry(cell, config, parts, programs, progress) -> dict[str, Any]:
+    entry = dataclasses.asdict(cell) | dict(tokens=cell.tokens, total=cell.train.total if cell.train else None)
+    if parts and cell.batch:
+        fields = cell.choice | dict(seq_len=cell.seq_len, batch_size=cell.batch)
+        entry["parts"] = parts_of(with_fields(config, fields), programs)
+    progress.done()
+    return entry
 
 
 def law_backends(config: Any, target: Target) -> list[str]:

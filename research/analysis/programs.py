@@ -7,7 +7,9 @@ mesh, the batch, the target, the version of a compiler, or a line of the code th
 import dataclasses
 import hashlib
 import json
+import threading
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,21 @@ SOURCES = ("attention", "evaluate", "grouped", "loss", "model", "moe", "optimize
 
 @dataclasses.dataclass
 class Programs:
-    """Usages of programs on one target; `compiled` counts those that were not on disk. `saying` hears of each."""
+    """Usages of programs on one target; `compiled` counts those that were not on disk. `saying` hears of each. After
+    `stop` is set no more are compiled, for threads that share it."""
 
     target: Target
     saying: Callable[[str], None] = lambda text: None
     compiled: int = 0
+    stop: threading.Event = dataclasses.field(default_factory=threading.Event)
 
     def usage(self, config: Any, kind: str = "train") -> memory.Usage:
-        """Of the 'train' or 'eval' step of a config. Raises: ConfigError as `memory.train_usage` does."""
+        """Of the 'train' or 'eval' step of a config.
+
+        Raises: ConfigError as `memory.train_usage` does; CancelledError after `stop`.
+        """
+        if self.stop.is_set():
+            raise CancelledError
         path = cache_root(config) / "memory" / f"{key(config, kind, self.target)}.json"
         found = _read(path)
         if found is None:
