@@ -170,8 +170,13 @@ def _law_table(laws: Sequence[dict[str, Any]], unit: str) -> str:
 
 
 def _interval(entry: dict[str, float], unit: str) -> str:
-    value, low, high = (EngFormatter(unit, places=2)(entry[k]) for k in ("value", "low", "high"))
+    value, low, high = (_amount(entry[k], unit) for k in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
+
+
+def _amount(value: float, unit: str) -> str:
+    """With a prefix from a thousand on."""
+    return EngFormatter(unit, places=2)(value) if abs(value) >= 1000 else f"{value:.3g} {unit}"
 
 
 def _ratio_table(laws: Sequence[dict[str, Any]]) -> str:

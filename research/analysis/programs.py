@@ -19,7 +19,19 @@ from research.data.tokens import cache_root
 from research.target import Target
 
 KINDS = {"train": memory.train_usage, "eval": memory.eval_usage}
-SOURCES = ("attention", "evaluate", "grouped", "loss", "model", "moe", "optimizer", "sharding", "step", "tiles")
+SOURCES = (
+    "analysis/memory",
+    "attention",
+    "evaluate",
+    "grouped",
+    "loss",
+    "model",
+    "moe",
+    "optimizer",
+    "sharding",
+    "step",
+    "tiles",
+)
 
 
 @dataclasses.dataclass
