@@ -125,13 +125,15 @@ def law_figure(plan: dict[str, Any]) -> Figure:
             rows = np.full_like(x, batches[0]) if keys is fixed else tokens / x
             axes.plot(x, (a + b * rows * x + c * rows * x**2) / GIB, color=style["color"], linestyle=style["linestyle"])
             axes.plot([k[1] for k in keys], [points[k] / GIB for k in keys], style["marker"], color=style["color"],
-                      markeredgecolor="white", label=law["attention"])  # fmt: skip
+                      markeredgecolor="white")  # fmt: skip
+            axes.plot([], [], label=law["attention"], markeredgecolor="white", **style)
             _length_axis(axes, [k[1] for k in keys])
             axes.set_title(title)
             axes.set_ylim(bottom=0)
             axes.set_ylabel("memory of a step (GiB a device)")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), title="attention")
+    names = [f"attention {label}" for label in labels]
+    figure.legend(handles, names, loc="outside upper center", ncols=len(labels), handlelength=3.4)
     figure.supxlabel(
         f"compiled for {plan['target']};  points: programs, lines: a + b B T + c B T²", fontsize=9, color="#666666"
     )
