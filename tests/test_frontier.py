@@ -51,6 +51,12 @@ def test_affine_memory_takes_five_measurements_at_most(guess):
     assert len(counted.asked) <= 5
 
 
+def test_a_dip_is_no_reason_to_try_a_thousand_times_more():
+    counted = Counted(lambda units: 1000 + 37 * units - 60 * (units == 101))
+    found = frontier.largest(counted, 5000, 100)
+    assert found.units == (5000 - 1000) // 37 and max(counted.asked) < 500
+
+
 def test_what_always_fits_is_said():
     with pytest.raises(OverflowError):
         frontier.largest(lambda units: 5, 10)

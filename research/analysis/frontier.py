@@ -60,7 +60,9 @@ def _next_trial(known: dict[int, int], fits: int, fails: float, budget: int) -> 
     if len(known) > SECANTS:
         return most if fails == math.inf else (least + most) // 2
     u, v = sorted(known)[-2:] if fails == math.inf else (fits, int(fails))
-    crossing = math.floor(u + (budget - known[u]) * (v - u) / (known[v] - known[u])) if known[v] > known[u] else most
+    if known[v] <= known[u]:  # a dip, as where rows divide into larger groups: no line to follow
+        return min(2 * v, most)
+    crossing = math.floor(u + (budget - known[u]) * (v - u) / (known[v] - known[u]))
     return min(max(crossing, least), most)
 
 
