@@ -52,7 +52,7 @@ def test_affine_memory_takes_five_measurements_at_most(guess):
 
 
 def test_a_dip_is_no_reason_to_try_a_thousand_times_more():
-    counted = Counted(lambda units: 1000 + 37 * units - 60 * (units == 101))
+    counted = Counted(lambda units: 1000 + 37 * units - 300 * (units == 106))
     found = frontier.largest(counted, 5000, 100)
     assert found.units == (5000 - 1000) // 37 and max(counted.asked) < 500
 
