@@ -128,7 +128,8 @@ def test_the_paragraph_says_what_the_numbers_say():
     assert "large_batch has the lowest loss" in text and "below long_seq [" in text
     assert "Of the difference of -0.7" in text and "context" in text and "diversity" in text
     assert "is not seen, neither" in text
-    assert "large_batch up to distances of" in text
+    assert "Recalled at distances of 512 to 1,023 tokens (chance 3.1%" in text
+    assert "in windows of the trained length: large_batch 31.6%" in text and "long_seq 100.0%" in text
     assert "balanced gains 0." in text
 
 
