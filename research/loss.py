@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from research.sharding import AXES, HIDDEN, TOKENS, varying, varying_axes
+from research.sharding import AXES, HIDDEN, TOKENS, varying, varying_axes, whole
 
 
 def cross_entropy_sums(
@@ -19,14 +19,15 @@ def cross_entropy_sums(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(sum of -log p of the targets in nats, number predicted right, number of targets), over the whole mesh.
 
-    hidden is sharded over rows and positions, table replicated. Differentiable in the first of the three.
+    hidden is sharded over rows and positions, table replicated or `whole`. Differentiable in the first of the three.
     """
+    table_VD = jax.reshard(table_VD, whole())
 
     def local(hidden, table, targets):
         loss, correct = _loss_sums(hidden.reshape(-1, hidden.shape[-1]), varying(table), targets.reshape(-1), chunk)
         return jax.lax.psum((loss, correct, jnp.sum(targets >= 0)), AXES)
 
-    return jax.shard_map(local, in_specs=(HIDDEN, P(), TOKENS), out_specs=(P(), P(), P()))(
+    return jax.shard_map(local, in_specs=(HIDDEN, whole(), TOKENS), out_specs=(P(), P(), P()))(
         hidden_BTD, table_VD, targets_BT
     )
 
@@ -35,6 +36,7 @@ def token_losses(
     hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
     """(-log p [B, T] in nats, predicted right [B, T] bool) of each target; 0 and False where it is -1."""
+    table_VD = jax.reshard(table_VD, whole())
 
     def local(hidden, table, targets):
         def one(_, scanned):
@@ -46,7 +48,7 @@ def token_losses(
         _, (nll, right) = jax.lax.scan(one, None, parts)
         return tuple(x.reshape(-1)[: targets.size].reshape(targets.shape) for x in (nll, right))
 
-    return jax.shard_map(local, in_specs=(HIDDEN, P(), TOKENS), out_specs=(TOKENS, TOKENS))(
+    return jax.shard_map(local, in_specs=(HIDDEN, whole(), TOKENS), out_specs=(TOKENS, TOKENS))(
         hidden_BTD, table_VD, targets_BT
     )
 

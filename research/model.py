@@ -202,6 +202,13 @@ class MoETransformer(nn.Module):
         return hidden_BTD, moe.router_statistics(sums, tokens_BT.size)
 
 
+def gather_tables(params: Any, dtype: Any) -> Any:
+    """The parameters with the embedding, and the head, gathered: the gradients of looking up and of the logits are then
+    added up on each device before they are added up over the mesh, once."""
+    tables = {name: sharding.gather(params[name], dtype) for name in ("embedding", "head") if name in params}
+    return {**params, **tables}
+
+
 def output_table(params: Any, dtype: Any) -> jax.Array:
     """[V, D], gathered: the head, or the embedding where they are tied."""
     return sharding.gather(params.get("head", params["embedding"]), dtype)

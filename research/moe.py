@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from research import grouped
-from research.sharding import AXES, BATCH, HIDDEN, varying
+from research.sharding import AXES, BATCH, HIDDEN, varying, whole
 
 
 def route(logits_NE: jax.Array, num_chosen: int) -> tuple[jax.Array, jax.Array]:
@@ -107,7 +107,7 @@ def moe(
     sums = dict(assignments=P(BATCH, "seq", None), probability=P(BATCH, "seq", None))
     run = jax.shard_map(
         local,
-        in_specs=(HIDDEN, HIDDEN, P(), *[P() for _ in keys]),
+        in_specs=(HIDDEN, HIDDEN, whole(), *[P() for _ in keys]),
         out_specs=(HIDDEN, sums),
     )
     return run(x_BTD, logits_BTE, weights, *keys)

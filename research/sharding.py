@@ -67,9 +67,17 @@ def shard_dim(ndim: int, dim: int, fsdp: bool) -> P:
     return P(*[AXES if fsdp and i == dim else None for i in range(ndim)])
 
 
+def whole() -> P:
+    """The spec of a parameter that every device holds, and whose gradient is the sum of the devices' parts."""
+    return P(reduced=set(AXES)) if jax.sharding.get_abstract_mesh().size > 1 else P()
+
+
 def gather(weight: jax.Array, dtype: Any) -> jax.Array:
-    """A parameter where it is used: cast first, so that the gather moves the smaller type."""
-    return jax.reshard(weight.astype(dtype), P())
+    """A parameter where it is used, `whole`: cast first, so that the gather moves the smaller type.
+
+    Parts of its gradient, one a device, are added up here: once, over the whole mesh, after all its uses.
+    """
+    return jax.reshard(weight.astype(dtype), whole())
 
 
 def varying_axes(x: jax.Array) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from research import loss, sharding
-from research.model import MoETransformer, output_table
+from research.model import MoETransformer, gather_tables, output_table
 
 
 @flax.struct.dataclass
@@ -46,6 +46,7 @@ def objective(
     batch: inputs, targets [B, T] int32 (a target of -1 is not counted), optionally segments and positions [B, T].
     """
     dropout_key, router_key = jax.random.split(key)
+    params = gather_tables(params, model.config.dtype)
     hidden_BTD, router = model.apply(
         {"params": params},
         batch["inputs"],

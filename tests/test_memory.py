@@ -297,3 +297,13 @@ def test_a_compiler_that_is_not_installed_is_named(monkeypatch, topology, messag
     monkeypatch.setattr(target.topologies, "get_topology_desc", none)
     with pytest.raises(ConfigError, match=message):
         target.absent(topology)
+
+
+def test_a_name_says_only_what_choices_differ_in():
+    def choice(remat, data):
+        return {"model.remat": remat, "mesh.data": data, "mesh.seq": 1}
+
+    assert memory_report.shared([choice("none", 1), choice("none", 8)]) == {"model.remat": "none"}
+    assert memory_report.shared([choice("none", 8), choice("block", 8)]) == {"mesh.data": 8, "mesh.seq": 1}
+    assert memory_report.shared([choice("none", 8)]) == choice("none", 8)
+    assert memory_report.label({"mesh.data": 8, "mesh.seq": 1}) == "mesh 8 x 1"

@@ -41,10 +41,11 @@ def draw(plan: dict[str, Any], checked: Sequence[dict[str, Any]], folder: Path) 
 
 def frontier_figure(plan: dict[str, Any]) -> Figure:
     """Left: batch against length on log scales, one curve a choice, and lines of equal tokens. Right: tokens a step."""
+    shared = memory_report.shared([cell["choice"] for cell in plan["cells"]])
     curves: dict[str, list[dict[str, Any]]] = {}
     for cell in plan["cells"]:
         if cell["batch"]:
-            curves.setdefault(memory_report.label(cell["choice"]), []).append(cell)
+            curves.setdefault(_name(cell["choice"], shared), []).append(cell)
     figure = Figure(figsize=(9.6, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     styles = styles_of(list(curves))
@@ -70,12 +71,19 @@ def frontier_figure(plan: dict[str, Any]) -> Figure:
     right.set_ylabel("tokens a step")
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)), handlelength=3.4)
+    held = f", {memory_report.label(shared)}" if shared and len(curves) > 1 else ""
     figure.supxlabel(
-        f"{plan['budget']} a device, compiled for {plan['target']};  dotted: equal tokens a step",
+        f"{plan['budget']} a device{held}, compiled for {plan['target']};  dotted: equal tokens a step",
         fontsize=9,
         color="#666666",
     )
     return figure
+
+
+def _name(choice: dict[str, Any], shared: dict[str, Any]) -> str:
+    """A choice by what not all choices share, if there is such."""
+    own = {name: value for name, value in choice.items() if name not in shared}
+    return memory_report.label(own or choice)
 
 
 def _equal_tokens(axes: Axes, lengths: Sequence[int]) -> None:
@@ -141,24 +149,21 @@ def law_figure(plan: dict[str, Any]) -> Figure:
 
 
 def check_figure(measured: Sequence[dict[str, Any]]) -> Figure:
-    """Measured over predicted memory, each step a point; the band is 10 %."""
-    figure = Figure(figsize=(5.6, 4.6), layout="constrained")
+    """Measured over predicted memory of each step against what was predicted; the band is 10 %."""
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
-    names = list(dict.fromkeys(memory_report.label(run["choice"]) for run in measured))
+    shared = memory_report.shared([run["choice"] for run in measured])
+    names = list(dict.fromkeys(_name(run["choice"], shared) for run in measured))
     styles = styles_of(names)
     for name in names:
-        runs = [run for run in measured if memory_report.label(run["choice"]) == name]
-        style = styles[name]
-        axes.plot([r["predicted"] / GIB for r in runs], [r["measured"] / GIB for r in runs], style["marker"],
-                  color=style["color"], markeredgecolor="white", label=name)  # fmt: skip
-    ends = np.array([0.9 * min(r["predicted"] for r in measured), 1.1 * max(r["predicted"] for r in measured)]) / GIB
-    axes.plot(ends, ends, color=FAINT, linewidth=1.2)
-    axes.fill_between(ends, 0.9 * ends, 1.1 * ends, color=FAINT, alpha=0.15, lw=0)
-    for axis in (axes.xaxis, axes.yaxis):
-        (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)("log", base=2)
-        axis.set_major_formatter(lambda value, _: f"{value:g}")
+        runs = [run for run in measured if _name(run["choice"], shared) == name]
+        ratios = [run["measured"] / run["predicted"] for run in runs]
+        axes.plot([r["predicted"] / GIB for r in runs], ratios, styles[name]["marker"], color=styles[name]["color"],
+                  markeredgecolor="white", label=name)  # fmt: skip
+    axes.axhline(1, color=FAINT, linewidth=1.2)
+    axes.axhspan(0.9, 1.1, color=FAINT, alpha=0.15, lw=0)
     axes.set_xlabel("predicted by the compiled program (GiB)")
-    axes.set_ylabel("measured while it runs (GiB)")
-    axes.legend(loc="upper left", fontsize=9)
-    axes.set_title("line: equal;  band: 10 %", fontsize=9, color="#666666")
+    axes.set_ylabel("measured while it runs / predicted")
+    axes.set_title("band: 10 %", fontsize=9, color="#666666")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=min(4, len(names)))
     return figure

@@ -65,6 +65,15 @@ def overrides(cell: dict[str, Any]) -> str:
     return " ".join(f"--config.{name}={value}" for name, value in fields.items())
 
 
+def shared(choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What all of several choices share; a mesh counts as one thing."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in choices[0].items():
+        groups.setdefault(name.partition(".")[0] if name.startswith("mesh.") else name, {})[name] = value
+    same = [g for g in groups.values() if all(g.items() <= choice.items() for choice in choices)]
+    return {name: value for group in same for name, value in group.items()}
+
+
 def label(choice: dict[str, Any]) -> str:
     """A choice in a few words, such as 'remat block, mesh 8 x 1'."""
     words = [f"{name.rsplit('.', 1)[1]} {value}" for name, value in choice.items() if not name.startswith("mesh.")]
