@@ -180,16 +180,13 @@ def _chunk(queries: int, chunk: int) -> int:
     return max(chunk, -(-queries // MAX_PIECES))
 
 
-def _probabilities(q, k, q_segments, k_segments, start, lse=None):
+def _scores(q, k, q_segments, k_segments, start):
     scores = jnp.einsum("...qk,...sk->...qs", q, k, preferred_element_type=jnp.float32)
     queries, keys = scores.shape[-2:]
     allowed = (start + jnp.arange(queries))[:, None] >= jnp.arange(keys)[None]
     if q_segments is not None:
         allowed = allowed & (q_segments[..., :, None] == k_segments[..., None, :])
-    scores = jnp.where(allowed, scores * q.shape[-1] ** -0.5, MASKED)
-    if lse is None:
-        lse = jax.nn.logsumexp(scores, axis=-1)
-    return jnp.exp(scores - lse[..., None]), lse
+    return jnp.where(allowed, scores * q.shape[-1] ** -0.5, MASKED)
 
 
 def _kept(key, piece, shape, dropout):
@@ -213,14 +210,19 @@ def _flash_forward(q, k, v, q_segments, k_segments, key, start, chunk, dropout):
         q_piece = q[..., first:stop, :]
         if outs:
             q_piece, outs[-1] = _after(q_piece, outs[-1])
-        p, lse = _probabilities(
+        scores = _scores(
             q_piece, k[..., :keys, :],
             _cut(q_segments, first, stop), _cut(k_segments, 0, keys), start + first,
         )  # fmt: skip
+        largest = scores.max(axis=-1, keepdims=True)
+        exps = jnp.exp(scores - largest)
+        sums = exps.sum(axis=-1, keepdims=True)
         if dropout > 0:
-            p = p * _kept(key, piece, p.shape, dropout)
-        outs.append(jnp.einsum("...qs,...sk->...qk", p.astype(v.dtype), v[..., :keys, :]))
-        lses.append(lse)
+            exps = exps * _kept(key, piece, exps.shape, dropout)
+        mixed = jnp.einsum("...qs,...sk->...qk", exps.astype(v.dtype), v[..., :keys, :],
+                           preferred_element_type=jnp.float32)  # fmt: skip
+        outs.append((mixed / sums).astype(v.dtype))
+        lses.append((largest + jnp.log(sums))[..., 0])
     out, lse = jnp.concatenate(outs, axis=-2), jnp.concatenate(lses, axis=-1)
     return out, (q, k, v, q_segments, k_segments, key, start, out, lse)
 
@@ -229,22 +231,21 @@ def _flash_backward(chunk, dropout, saved, d_out):
     q, k, v, q_segments, k_segments, key, start, out, lse = saved
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     dqs = []
-    dk, dv = jnp.zeros_like(k, jnp.float32), jnp.zeros_like(v, jnp.float32)
+    dk, dv = (jnp.zeros_like(x.mT, jnp.float32) for x in (k, v))
     for piece, (first, stop, keys) in enumerate(_pieces(q.shape[-2], k.shape[-2], chunk)):
         q_piece, k_piece, d_piece = q[..., first:stop, :], k[..., :keys, :], d_out[..., first:stop, :]
         if dqs:
             q_piece, d_piece, dqs[-1], dk, dv = _after(q_piece, d_piece, dqs[-1], dk, dv)
-        p, _ = _probabilities(
-            q_piece, k_piece, _cut(q_segments, first, stop), _cut(k_segments, 0, keys),
-            start + first, lse[..., first:stop],
-        )  # fmt: skip
+        scores = _scores(q_piece, k_piece, _cut(q_segments, first, stop), _cut(k_segments, 0, keys), start + first)
+        p = jnp.exp(scores - lse[..., first:stop, None])
         d_p = jnp.einsum("...qk,...sk->...qs", d_piece, v[..., :keys, :], preferred_element_type=jnp.float32)
         kept = _kept(key, piece, p.shape, dropout) if dropout > 0 else 1.0
         d_scores = (p * (d_p * kept - delta[..., first:stop, None]) * q.shape[-1] ** -0.5).astype(q.dtype)
         dqs.append(jnp.einsum("...qs,...sk->...qk", d_scores, k_piece))
-        dk = dk.at[..., :keys, :].add(jnp.einsum("...qs,...qk->...sk", d_scores, q_piece))
-        dv = dv.at[..., :keys, :].add(jnp.einsum("...qs,...qk->...sk", (p * kept).astype(v.dtype), d_piece))
-    return jnp.concatenate(dqs, axis=-2), dk.astype(k.dtype), dv.astype(v.dtype), None, None, None, None
+        dk = dk.at[..., :keys].add(jnp.einsum("...qs,...qk->...ks", d_scores, q_piece))
+        dv = dv.at[..., :keys].add(jnp.einsum("...qs,...qk->...ks", (p * kept).astype(v.dtype), d_piece))
+    dq, dk, dv = jnp.concatenate(dqs, axis=-2), dk.mT.astype(k.dtype), dv.mT.astype(v.dtype)
+    return dq, dk, dv, None, None, None, None
 
 
 _flash.defvjp(_flash_forward, _flash_backward)

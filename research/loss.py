@@ -41,7 +41,7 @@ def token_losses(
     def local(hidden, table, targets):
         def one(_, scanned):
             x_CD, targets_C = scanned
-            _, lse_C, picked_C, right_C = _chunk(x_CD, table, targets_C)
+            _, _, lse_C, picked_C, right_C = _chunk(x_CD, table, targets_C)
             return None, (jnp.where(targets_C >= 0, lse_C - picked_C, 0), right_C)
 
         parts = _in_chunks(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), chunk)
@@ -63,19 +63,22 @@ def _in_chunks(x_ND, targets_N, chunk):
 
 
 def _chunk(x_CD, table_VD, targets_C):
+    """exp(logits - largest) [C, V] and its sums, log of the sums of exp(logits), the targets' logits, which are right."""
     logits_CV = jnp.einsum("cd,vd->cv", x_CD, table_VD, preferred_element_type=jnp.float32)
-    lse_C = jax.nn.logsumexp(logits_CV, axis=-1)
+    largest_C = logits_CV.max(axis=-1)
+    exps_CV = jnp.exp(logits_CV - largest_C[:, None])
+    sums_C = exps_CV.sum(axis=-1)
     index = jnp.maximum(targets_C, 0)[:, None]
     picked_C = jnp.take_along_axis(logits_CV, index, axis=-1)[:, 0]
-    right_C = (targets_C >= 0) & (picked_C >= logits_CV.max(axis=-1))
-    return logits_CV, lse_C, picked_C, right_C
+    right_C = (targets_C >= 0) & (picked_C >= largest_C)
+    return exps_CV, sums_C, largest_C + jnp.log(sums_C), picked_C, right_C
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _loss_sums(x_ND, table_VD, targets_N, chunk):
     def one(sums, scanned):
         x_CD, targets_C = scanned
-        _, lse_C, picked_C, right_C = _chunk(x_CD, table_VD, targets_C)
+        _, _, lse_C, picked_C, right_C = _chunk(x_CD, table_VD, targets_C)
         loss = jnp.sum(jnp.where(targets_C >= 0, lse_C - picked_C, 0))
         return (sums[0] + loss, sums[1] + jnp.sum(right_C)), None
 
@@ -85,22 +88,24 @@ def _loss_sums(x_ND, table_VD, targets_N, chunk):
 def _loss_sums_forward(x_ND, table_VD, targets_N, chunk):
     def one(carry, scanned):
         x_CD, targets_C = scanned
-        (loss, correct), d_table = carry
-        logits_CV, lse_C, picked_C, right_C = _chunk(x_CD, table_VD, targets_C)
+        (loss, correct), d_table_DV = carry
+        exps_CV, sums_C, lse_C, picked_C, right_C = _chunk(x_CD, table_VD, targets_C)
         counted_C = targets_C >= 0
+        # The gradient of the logits is exps / sums - hit. It is made times sums; what it is multiplied with is divided.
         hit_CV = targets_C[:, None] == jnp.arange(table_VD.shape[0])
-        d_logits = (jnp.exp(logits_CV - lse_C[:, None]) - hit_CV) * counted_C[:, None]
-        d_logits = d_logits.astype(x_CD.dtype)
-        d_table += jnp.einsum("cv,cd->vd", d_logits, x_CD, preferred_element_type=jnp.float32)
-        d_x = jnp.einsum("cv,vd->cd", d_logits, table_VD)
+        d_logits = jnp.where(hit_CV, exps_CV - sums_C[:, None], exps_CV).astype(x_CD.dtype)
+        scale_C1 = (counted_C / sums_C)[:, None]
+        d_x = jnp.einsum("cv,vd->cd", d_logits, table_VD, preferred_element_type=jnp.float32) * scale_C1
+        scaled_CD = (x_CD * scale_C1).astype(x_CD.dtype)
+        d_table_DV += jnp.einsum("cv,cd->dv", d_logits, scaled_CD, preferred_element_type=jnp.float32)
         loss += jnp.sum(jnp.where(counted_C, lse_C - picked_C, 0))
-        return ((loss, correct + jnp.sum(right_C)), d_table), d_x
+        return ((loss, correct + jnp.sum(right_C)), d_table_DV), d_x.astype(x_CD.dtype)
 
-    zeros = jnp.zeros_like(table_VD, jnp.float32)
-    start = (_zero_sums(x_ND), varying(zeros, varying_axes(table_VD)))
-    (sums, d_table), d_x = jax.lax.scan(one, start, _in_chunks(x_ND, targets_N, chunk))
+    zeros_DV = varying(jnp.zeros_like(table_VD.T, jnp.float32), varying_axes(table_VD))
+    start = (_zero_sums(x_ND), zeros_DV)  # transposed: as the product with the smaller operand turned around
+    (sums, d_table_DV), d_x = jax.lax.scan(one, start, _in_chunks(x_ND, targets_N, chunk))
     d_x = d_x.reshape(-1, x_ND.shape[-1])[: x_ND.shape[0]]
-    return sums, (d_x, d_table.astype(table_VD.dtype))
+    return sums, (d_x, d_table_DV.T.astype(table_VD.dtype))
 
 
 def _loss_sums_backward(chunk, saved, cotangents):

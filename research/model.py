@@ -6,6 +6,7 @@ mesh (`with jax.set_mesh(sharding.make_mesh(...))`), on one device too.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -45,11 +46,30 @@ class ModelConfig:
     fsdp: bool = False
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x: jax.Array, scale_D: jax.Array, epsilon: float) -> jax.Array:
-    """x / rms(x) * scale over the last axis, in float32 (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+    """x / rms(x) * scale over the last axis, in float32 (Zhang and Sennrich 2019, arXiv:1910.07467).
+
+    Own gradient: it keeps x, which the residual stream keeps anyway, and one number a row.
+    """
+    return _rms_norm_forward(x, scale_D, epsilon)[0]
+
+
+def _rms_norm_forward(x, scale_D, epsilon):
     y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + epsilon)
-    return (y * scale_D).astype(x.dtype)
+    inverse = jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + epsilon)
+    return (y * inverse * scale_D).astype(x.dtype), (x, inverse, scale_D)
+
+
+def _rms_norm_backward(epsilon, saved, d_out):
+    x, inverse, scale_D = saved
+    unit, d_out = x.astype(jnp.float32) * inverse, d_out.astype(jnp.float32)
+    d_unit = d_out * scale_D
+    d_x = inverse * (d_unit - unit * jnp.mean(d_unit * unit, axis=-1, keepdims=True))
+    return d_x.astype(x.dtype), jnp.sum(d_out * unit, axis=tuple(range(x.ndim - 1)))
+
+
+rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -93,8 +113,9 @@ class Block(nn.Module):
 
     def mix(self, hidden_BTD: jax.Array, rotary: tuple, segments_BT: jax.Array | None) -> jax.Array:
         c = self.config
-        normed = rms_norm(hidden_BTD, self.weight("attention_norm", (c.d_model,), None), c.norm_epsilon)
-        return hidden_BTD + dropout(self.attention(normed, rotary, segments_BT), c.dropout, self.key("dropout"))
+        scale_D = self.weight("attention_norm", (c.d_model,), None)
+        out_BTD = self.attention(hidden_BTD, scale_D, rotary, segments_BT)
+        return hidden_BTD + dropout(out_BTD, c.dropout, self.key("dropout"))
 
     def think(self, hidden_BTD: jax.Array) -> tuple[jax.Array, dict]:
         c = self.config
@@ -102,21 +123,29 @@ class Block(nn.Module):
         out_BTD, sums = self.experts(normed)
         return hidden_BTD + dropout(out_BTD, c.dropout, self.key("dropout")), sums
 
-    def attention(self, x_BTD: jax.Array, rotary: tuple, segments_BT: jax.Array | None) -> jax.Array:
+    def attention(
+        self, hidden_BTD: jax.Array, scale_D: jax.Array, rotary: tuple, segments_BT: jax.Array | None
+    ) -> jax.Array:
         c = self.config
         D, H = c.d_model, c.num_heads
         K = D // H
         qkv = self.use(self.weight("qkv", (D, 3, H, K), 0))
         out = self.use(self.weight("attention_out", (H, K, D), 2))
-        q, k = (jnp.einsum("btd,dhk->bthk", x_BTD, attention.deinterleave(qkv[:, i])) for i in (0, 1))
-        v = jnp.einsum("btd,dhk->bthk", x_BTD, qkv[:, 2])
+
+        @functools.partial(jax.checkpoint, prevent_cse=False)  # normalised again in the backward pass, not kept
+        def project(hidden_BTD: jax.Array, scale_D: jax.Array, qkv: jax.Array) -> tuple[jax.Array, ...]:
+            x_BTD = rms_norm(hidden_BTD, scale_D, c.norm_epsilon)
+            q, k = (jnp.einsum("btd,dhk->bthk", x_BTD, attention.deinterleave(qkv[:, i])) for i in (0, 1))
+            v = jnp.einsum("btd,dhk->bthk", x_BTD, qkv[:, 2])
+            return attention.rotate(q, *rotary), attention.rotate(k, *rotary), v
+
         rate = c.dropout if self.train else 0.0
         backend = attention.resolve_backend(
             c.attention, sharding.platform(), dtype=c.dtype, head_dim=c.d_model // c.num_heads, dropout=rate,
             masked=segments_BT is not None, seq=jax.sharding.get_abstract_mesh().shape["seq"],
         )  # fmt: skip
         mixed_BTHK = attention.attend(
-            attention.rotate(q, *rotary), attention.rotate(k, *rotary), v,
+            *project(hidden_BTD, scale_D, qkv),
             backend=backend, chunk=c.attention_chunk, segments_BT=segments_BT,
             dropout=rate, key=self.key("dropout"),
         )  # fmt: skip

@@ -22,11 +22,16 @@ def route(logits_NE: jax.Array, num_chosen: int) -> tuple[jax.Array, jax.Array]:
 
 
 def sort_by_expert(experts_NK: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(order_M, rank_M, sizes_E): sorted row r is assignment order[r]; assignment a is sorted row rank[a]."""
+    """(order_M, rank_M, sizes_E): sorted row r is assignment order[r]; assignment a is sorted row rank[a].
+
+    By counting, which keeps the order within an expert: there are few experts, and two argsorts take 6 times as long.
+    """
     flat_M = experts_NK.reshape(-1)
-    order_M = jnp.argsort(flat_M, stable=True)
-    rank_M = jnp.argsort(order_M)
-    sizes_E = jnp.sum(flat_M[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
+    chosen_ME = (flat_M[:, None] == jnp.arange(num_experts)).astype(jnp.int32)
+    so_far_ME = jnp.cumsum(chosen_ME, axis=0)
+    sizes_E = so_far_ME[-1]
+    rank_M = (jnp.cumsum(sizes_E) - sizes_E)[flat_M] + jnp.sum(so_far_ME * chosen_ME, axis=1) - 1
+    order_M = jnp.zeros_like(rank_M).at[rank_M].set(jnp.arange(rank_M.size, dtype=jnp.int32), unique_indices=True)
     return order_M, rank_M, sizes_E
 
 
@@ -93,10 +98,14 @@ def moe(
         experts_NK, share_NK = route(logits_NE, num_chosen)
         order_M, rank_M, sizes_E = sort_by_expert(experts_NK, logits_NE.shape[-1])
         shard_key = _shard_key(key[0]) if key else None
-        y_MD = grouped.apply_experts(
-            expert, dispatch(x_ND, order_M, rank_M), varying(weights), sizes_E,
-            backend=backend, block=block, key=shard_key,
-        )  # fmt: skip
+
+        def experts(x_BTD, weights):
+            x_MD = dispatch(x_BTD.reshape(-1, x_BTD.shape[-1]), order_M, rank_M)
+            return grouped.apply_experts(expert, x_MD, weights, sizes_E, backend=backend, block=block, key=shard_key)
+
+        # Its backward pass keeps nothing but the rows: gathering them again is quicker than keeping them.
+        experts = jax.checkpoint(experts, prevent_cse=False) if backend == "blocks" else experts
+        y_MD = experts(x_BTD, varying(weights))
         y_NKD = collect(y_MD, order_M, rank_M).reshape(*experts_NK.shape, -1)
         out_ND = jnp.einsum("nkd,nk->nd", y_NKD, share_NK.astype(y_NKD.dtype))
         probability_E = jax.nn.softmax(logits_NE, axis=-1).sum(axis=0)

@@ -9,7 +9,7 @@ import pytest
 
 from configs import base
 from research import sharding
-from research.model import ModelConfig, MoETransformer, output_table
+from research.model import ModelConfig, MoETransformer, output_table, rms_norm
 from tests.small import bigger, model_config, placed, relative
 
 
@@ -123,3 +123,18 @@ def test_parameters_are_born_sharded_under_fsdp():
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         held = leaf.addressable_shards[0].data.size
         assert held == (leaf.size if path[-1].key.endswith("norm") else leaf.size // 8), path
+
+
+def test_the_norms_own_gradient_is_that_of_its_formula(rng):
+    def plain(x, scale):
+        return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-3) * scale
+
+    x, d_out = (rng.standard_normal((3, 5, 32)).astype(np.float32) for _ in range(2))
+    scale = rng.standard_normal(32).astype(np.float32)
+    out, backward = jax.vjp(lambda x, s: rms_norm(x, s, 1e-3), x, scale)
+    with jax.enable_x64(True):
+        wanted, plain_backward = jax.vjp(plain, *(np.asarray(a, np.float64) for a in (x, scale)))
+        wanted_gradients = plain_backward(np.asarray(d_out, np.float64))
+    assert relative(out, wanted) < 1e-6
+    for found, exact in zip(backward(jnp.asarray(d_out)), wanted_gradients, strict=True):
+        assert relative(found, exact) < 1e-6
