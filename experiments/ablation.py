@@ -19,6 +19,7 @@ says so), or 1.
 
 import argparse
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -42,6 +43,8 @@ STRATEGIES = ("large_batch", "balanced", "long_seq")
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 TRAIN = (sys.executable, "-m", "experiments.train")
 CHECK = (sys.executable, "-m", "experiments.ablation", "--check_only")
+# A step's arrays go back to the system when it ends. In huge pages, fetching them anew takes a tenth of a CPU step less.
+MALLOC = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -251,7 +254,7 @@ def run_child(command: Sequence[str]) -> int:
 
     before = {number: signal.signal(number, hand_on) for number in SIGNALS}
     try:
-        child.append(subprocess.Popen(command, start_new_session=True))
+        child.append(subprocess.Popen(command, start_new_session=True, env=MALLOC | os.environ))
         if received:  # while it was starting
             child[0].send_signal(received[-1])
         code = child[0].wait()

@@ -262,6 +262,7 @@ def describe(argv: Sequence[str], arguments: argparse.Namespace) -> dict[str, An
         repeats=arguments.steps or arguments.repeats,
         load_average=load,
         environment=metrics.environment(),
+        malloc=os.environ.get("GLIBC_TUNABLES"),
         torch=importlib.metadata.version("torch") if torch else None,
     )
 

@@ -63,7 +63,7 @@ def _in_chunks(x_ND, targets_N, chunk):
 
 
 def _chunk(x_CD, table_VD, targets_C):
-    """exp(logits - largest) [C, V] and its sums, log of the sums of exp(logits), the targets' logits, which are right."""
+    """exp(logits - largest) [C, V] and its sums, log of the sums of exp(logits), targets' logits, which are right."""
     logits_CV = jnp.einsum("cd,vd->cv", x_CD, table_VD, preferred_element_type=jnp.float32)
     largest_C = logits_CV.max(axis=-1)
     exps_CV = jnp.exp(logits_CV - largest_C[:, None])
