@@ -99,14 +99,18 @@ def orthogonalize(x: jax.Array, num_inputs: int, num_outputs: int) -> jax.Array:
     On a mesh the matrices are made whole and the stack is divided over as many devices as divide it.
     """
     spec = jax.typeof(x).sharding.spec
-    stack = x.shape[: x.ndim - num_inputs - num_outputs]
-    rows = math.prod(x.shape[len(stack) : x.ndim - num_outputs])
-    cols = math.prod(x.shape[x.ndim - num_outputs :])
+    stack, rows, cols = _stack(x.shape, num_inputs, num_outputs)
     # Gathered whole, then cut along the stack: steps that the partitioner has a collective for.
-    matrices = jax.reshard(x, P()).reshape(math.prod(stack), rows, cols)
+    matrices = jax.reshard(x, P()).reshape(stack, rows, cols)
     matrices = jax.reshard(matrices, P(_dividing_axes(matrices.shape[0]), None, None))
     updates = newton_schulz(matrices) * math.sqrt(max(1, cols / rows))
     return jax.reshard(jax.reshard(updates, P()).reshape(x.shape), spec)
+
+
+def _stack(shape: tuple[int, ...], num_inputs: int, num_outputs: int) -> tuple[int, int, int]:
+    """(number of matrices, rows, columns) of a parameter."""
+    inputs, outputs = len(shape) - num_inputs - num_outputs, len(shape) - num_outputs
+    return math.prod(shape[:inputs]), math.prod(shape[inputs:outputs]), math.prod(shape[outputs:])
 
 
 def _dividing_axes(length: int) -> tuple[str, ...] | None:
@@ -117,6 +121,20 @@ def _dividing_axes(length: int) -> tuple[str, ...] | None:
             chosen.append(axis)
             length //= sizes[axis]
     return tuple(chosen) or None
+
+
+def newton_schulz_share(params: Any) -> float:
+    """The share of all orthogonalisation that each device of the mesh in use does: 1 / devices where they divide it."""
+    whole = own = 0.0
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        if path[-1].key in MATRICES:
+            stack, rows, cols = _stack(x.shape, *MATRICES[path[-1].key])
+            small, large = sorted((rows, cols))
+            cost = stack * small * small * (2 * large + small)
+            axes = _dividing_axes(stack) or ()
+            whole += cost
+            own += cost / math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
+    return own / whole
 
 
 def newton_schulz(x_SRC: jax.Array, steps: int = 5) -> jax.Array:
