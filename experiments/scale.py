@@ -1,4 +1,4 @@
-"""Which mesh suits which strategy: what a step of many devices computes and sends, on paper, and the least time it takes.
+"""Which mesh suits which strategy: what a step of many devices computes and sends, on paper, and its least time.
 
     python -m experiments.scale --workdir=runs/scale
     python -m experiments.scale --tokens=4194304 --devices=64,512 --seq=1,2,4,8 --workdir=runs/scale

@@ -47,8 +47,8 @@ class Collective:
 
 
 def collectives(text: str, mesh_shape: Sequence[int]) -> list[Collective]:
-    """Those of a compiled program (its `as_text()`) over a mesh of this shape, (data, expert, seq), but for groups of one
-    device, which send nothing.
+    """Those of a compiled program (its `as_text()`) over a mesh of this shape, (data, expert, seq), but for groups of
+    one device, which send nothing.
 
     Raises: ValueError at a collective in a loop whose number of turns is not known.
     """
@@ -90,7 +90,7 @@ def _walk(name: str, times: int | None, computations: dict, mesh_shape: tuple[in
 
 
 def _collective(line: str, mesh_shape: tuple[int, ...]) -> Collective | None:
-    """The collective that a line of a program is, once, or None; one that is begun and awaited counts where it begins."""
+    """The collective that a line of a program is, once, or None; of a begun and an awaited half, the first."""
     match = re.search(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(", line)
     if not match:
         return None

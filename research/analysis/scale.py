@@ -36,7 +36,7 @@ class Machine:
     node: int
 
     def seconds(self, collective: Collective) -> float:
-        """At least. Across nodes: within each first, then a device of each with its like, each having its own way out."""
+        """At least. Across nodes: within each first, then a device of each with its like, each by a way of its own."""
         blocks = [number // self.node for number in collective.group]
         inside = blocks.count(blocks[0])
         nodes = len(collective.group) // inside
