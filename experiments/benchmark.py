@@ -13,6 +13,10 @@ and JAX runs on the CPU.
     python -m experiments.benchmark --scale=published --steps=1 --out=...
 
 takes real steps in a process for each shape and implementation, and reports its peak memory.
+    python -m experiments.benchmark --scale=cpu --profile=traces --out=...
+
+times the parts of a step too, each compiled alone, and leaves a trace of two steps of each strategy in
+traces/STRATEGY, for TensorBoard's profile plugin or Perfetto.
 --strategies, --implementations and any --config.field=value choose what runs.
 Exit codes: 0; 1, a step failed (its row says how); 2, a mistake in the arguments, nothing written.
 """
@@ -34,10 +38,9 @@ from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
-from rich.console import Console
-from rich.table import Table
 
-from experiments.contestants import BUILDERS, machine_speeds, seconds_of
+from experiments.benchmark_table import show
+from experiments.contestants import BUILDERS, Step, machine_speeds, seconds_of
 from experiments.flags import load_config
 from research import process
 from research.config import ConfigError
@@ -46,7 +49,6 @@ STRATEGIES = ("large_batch", "balanced", "long_seq")
 IMPLEMENTATIONS = ("ours", "original")
 BUSY = 0.5  # processes that run on average before we begin
 ROOT = Path(__file__).resolve().parents[1]
-TIMED = ("tokens/s", "GFLOP/s", "of the matmul", "original / ours", "a token's cost", "its FLOPs")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -89,11 +91,14 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, ConfigDict
     parser.add_argument("--out", required=True)
     parser.add_argument("--strategies", default=",".join(STRATEGIES))
     parser.add_argument("--implementations", default="")
+    parser.add_argument("--profile", default="", metavar="FOLDER")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments, overrides = parser.parse_known_args(argv)
     for name, least in (("repeats", 1), ("steps", 0)):
         if getattr(arguments, name) < least:
             raise ConfigError(f"--{name}", getattr(arguments, name), f"must be {least} or more")
+    if arguments.profile and arguments.steps:
+        raise ConfigError("--profile", arguments.profile, "needs steps that are timed; leave out --steps")
     arguments.strategies = choose("--strategies", arguments.strategies, STRATEGIES)
     has_torch = importlib.util.find_spec("torch") is not None
     given = arguments.implementations or ",".join(IMPLEMENTATIONS[: 1 + has_torch])
@@ -156,10 +161,31 @@ def time_all(arguments: argparse.Namespace, configs: dict[str, ConfigDict], _: S
                 seconds[name, implementation].append(taken)
                 where = f"round {number + 1}/{arguments.repeats} {name} {implementation}"
                 progress(f"{where}: {taken:.3f} s, loss {loss:.3f}")
+    parts = profile(arguments, configs, steps) if arguments.profile else {}
     return dict(
         machine={name: spread(values) | dict(best=max(values)) for name, values in speeds.items()},
         rows=compare(seconds, {contestant: f() for contestant, f in facts.items()}, configs, speeds),
+        **parts,
     )
+
+
+def profile(
+    arguments: argparse.Namespace, configs: dict[str, ConfigDict], steps: dict[tuple[str, str], Step]
+) -> dict[str, Any]:
+    """{'parts': the rows of each strategy's parts}; leaves traces of two of our steps."""
+    import jax
+
+    from experiments import parts
+
+    found = {}
+    for name, config in configs.items():
+        if (name, "ours") in steps:
+            with jax.profiler.trace(str(Path(arguments.profile) / name)):
+                for _ in range(2):
+                    steps[name, "ours"]()
+        progress(f"{name}: parts of a step")
+        found[name] = parts.measure(config, arguments.repeats)
+    return dict(parts=found)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -269,54 +295,6 @@ def describe(argv: Sequence[str], arguments: argparse.Namespace) -> dict[str, An
 
 def progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def show(content: dict[str, Any]) -> None:
-    """The rows as a table on the screen."""
-    timed = "machine" in content
-    table = Table(title=f"{content['scale']}, {content['environment']['device']}, {content['date']}")
-    numbers = TIMED if timed else ("peak memory", "compiled step")
-    for name in ("strategy", "B x T", "implementation"):
-        table.add_column(name)
-    for name in ("s a step", *numbers):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in content["rows"]:
-        shape = f"{row['batch_size']} x {row['seq_len']}"
-        cells = timed_cells(row) if timed else memory_cells(row)
-        table.add_row(row["strategy"], shape, row["implementation"], *cells)
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(table)
-    if timed:
-        for name, speed in content["machine"].items():
-            console.print(f"{name}: {speed['median'] / 1e9:.1f} G/s, best {speed['best'] / 1e9:.1f}")
-
-
-def timed_cells(row: dict[str, Any]) -> list[str]:
-    ratio = row.get("original_over_ours")
-    return [
-        with_spread(row["seconds"]),
-        f"{row['tokens_per_second']:,.0f}",
-        f"{row['flops_per_second'] / 1e9:,.1f}",
-        f"{row['matmul_share']:.0%}",
-        with_spread(ratio) if ratio else "",
-        f"{row['cost_per_token']:.2f}",
-        f"{row['flops_per_token_ratio']:.2f}",
-    ]
-
-
-def memory_cells(row: dict[str, Any]) -> list[str]:
-    if "failed" in row:
-        return ["", row["failed"], ""]
-    compiled = row.get("compiled_bytes")
-    return [
-        f"{float(np.median(row['all_seconds'])):.2f}",
-        f"{row['peak_bytes'] / 1e9:.2f} GB",
-        f"{compiled / 1e9:.2f} GB" if compiled else "",
-    ]
-
-
-def with_spread(values: dict[str, float]) -> str:
-    return f"{values['median']:.3g} ({values['p10']:.3g} to {values['p90']:.3g})"
 
 
 if __name__ == "__main__":

@@ -3,11 +3,13 @@
 import importlib.util
 import json
 
+import jax
 import numpy as np
 import pytest
 
-from experiments import benchmark
-from research import flops
+from experiments import benchmark, parts
+from research import flops, sharding, target
+from research.analysis import compute
 from tests.small import small_config
 
 TINY = [
@@ -74,6 +76,29 @@ def test_steps_run_in_a_process_each_and_report_its_peak_memory(tmp_path):
         assert 50e6 < row["peak_bytes"] < ballast.nbytes  # an interpreter with JAX or PyTorch
 
 
+@pytest.mark.parametrize("activation", ["silu", "swiglu"])
+def test_the_parts_products_are_all_of_the_steps(activation):
+    """None is left out, none counted twice: their sum is that of the whole step."""
+    config = small_config(activation=activation, attention="chunked")
+    config.train.steps = 10
+    config.update(dict(batch_size=4, seq_len=32))
+    with jax.set_mesh(sharding.make_mesh({"data": 1, "expert": 1, "seq": 1})):
+        found = {part.name: part.flops() for part in parts.parts_of(config)}
+    assert sum(found.values()) == compute.train_flops(config, target.at_hand())
+    assert {name for name, amount in found.items() if amount == 0} == {"embedding"}
+
+
+def test_a_profile_has_every_part_and_a_trace(tmp_path, capsys):
+    out, traces = tmp_path / "cpu.json", tmp_path / "traces"
+    argv = [f"--out={out}", "--repeats=2", "--strategies=balanced", "--implementations=ours", f"--profile={traces}"]
+    assert benchmark.main([*argv, *TINY]) == 0
+    rows = json.loads(out.read_text())["parts"]["balanced"]
+    assert [row["part"] for row in rows][-2:] == ["head and loss", "optimizer"] and len(rows) == 7
+    assert all(row["seconds"]["median"] > 0 for row in rows)
+    assert list((traces / "balanced").rglob("*.xplane.pb"))
+    assert "router and dispatch" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
@@ -84,6 +109,7 @@ def test_steps_run_in_a_process_each_and_report_its_peak_memory(tmp_path):
         ("--config.train.accumulation=2", "config.train.accumulation"),
         ("--config.model.d_modle=3", "config.model.d_modle"),
         ("--steps=1 --config.model.num_heads=3", "config.model"),
+        ("--steps=1 --profile=traces", "--profile"),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(wrong, named, tmp_path, capfd):

@@ -1,0 +1,187 @@
+"""The parts of a training step, each compiled alone and timed: forward and backward from a random cotangent, and the
+optimiser.
+
+Their sum is not the step: in it, parts also add to the residual stream and keep arrays for the backward pass,
+they fuse, and one's arrays are in the cache for the next.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from experiments.contestants import seconds_of
+from research import attention, grouped, loss, moe, sharding
+from research.analysis import compute
+from research.config import num_steps
+from research.model import ModelConfig, MoETransformer, make_expert, rms_norm
+from research.optimizer import make_optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """`run(*arguments)` happens `times` a step (once a layer, or once). `counted`: what has the same products without
+    loops whose length is not known, if `run` has such."""
+
+    name: str
+    times: int
+    run: Callable
+    arguments: tuple
+    counted: Callable | None = None
+
+    def flops(self) -> int:
+        """Of its matrix products, as traced; all that a step spends on this part."""
+        return self.times * compute.count(jax.jit(self.counted or self.run).trace(*self.arguments).jaxpr.jaxpr)
+
+
+def measure(config: ConfigDict, repeats: int) -> list[dict[str, Any]]:
+    """A row for each part: `seconds` of a step (median, p10, p90 of `repeats`) and `flops`, on the first device."""
+    rows = []
+    with jax.set_mesh(sharding.make_mesh({"data": 1, "expert": 1, "seq": 1}, jax.devices()[:1])):
+        for part in parts_of(config):
+            compiled = jax.jit(part.run).lower(*part.arguments).compile()
+            jax.block_until_ready(compiled(*part.arguments))
+            taken = [
+                part.times * seconds_of(lambda: jax.block_until_ready(compiled(*part.arguments)))[0]  # noqa: B023
+                for _ in range(repeats)
+            ]
+            p10, median, p90 = np.percentile(taken, (10, 50, 90)).tolist()
+            rows.append(dict(part=part.name, seconds=dict(p10=p10, median=median, p90=p90), flops=part.flops()))
+    return rows
+
+
+def with_gradients(function: Callable) -> Callable:
+    """(cotangent, *arguments) -> the gradients of all arguments; integers have none."""
+
+    def run(cotangent: Any, *arguments: Any) -> Any:
+        return jax.vjp(function, *arguments)[1](cotangent)
+
+    return run
+
+
+def parts_of(config: ConfigDict) -> list[Part]:
+    """The parts of a step of `config` on one device, on random arrays; call it under a mesh of one device.
+
+    Routing is random, so the experts' loads are even but for chance.
+    """
+    c = ModelConfig(**config.model)
+    B, T, D = config.batch_size, config.seq_len, c.d_model
+    keys = iter(jax.random.split(jax.random.key(config.seed), 40))
+
+    def draw(*shape: int, spec: Any = None, dtype: Any = c.dtype, scale: float = 1.0) -> jax.Array:
+        x = (scale * jax.random.normal(next(keys), shape)).astype(dtype)
+        return jax.reshard(x, spec) if spec is not None else x
+
+    hidden, d_hidden = (draw(B, T, D, spec=sharding.HIDDEN) for _ in range(2))
+    tokens = jax.reshard(jax.random.randint(next(keys), (B, T), 0, c.vocab_size), sharding.TOKENS)
+    return [
+        _embedding(c, tokens, d_hidden, draw),
+        *_attention(c, hidden, d_hidden, draw),
+        *_experts(c, hidden, d_hidden, draw),
+        _head(c, hidden, tokens, draw),
+        _optimizer(config),
+    ]
+
+
+def _embedding(c: ModelConfig, tokens_BT: jax.Array, d_hidden: jax.Array, draw: Callable) -> Part:
+    def look_up(table_VD: jax.Array) -> jax.Array:
+        return table_VD.at[tokens_BT].get(out_sharding=sharding.HIDDEN) * c.d_model**0.5
+
+    return Part("embedding", 1, with_gradients(look_up), (d_hidden, draw(c.vocab_size, c.d_model)))
+
+
+def _attention(c: ModelConfig, hidden: jax.Array, d_hidden: jax.Array, draw: Callable) -> list[Part]:
+    """The products of Q, K, V and the output with the norm and the rotation, and attention itself."""
+    B, T, D = hidden.shape
+    H, K = c.num_heads, c.d_model // c.num_heads
+    rotary = attention.rotary_tables(jnp.arange(T)[None], K, c.rope_base)
+
+    def project(x_BTD: jax.Array, scale_D: jax.Array, qkv: jax.Array, out: jax.Array) -> jax.Array:
+        x_BTD = rms_norm(x_BTD, scale_D, c.norm_epsilon)
+        q, k = (jnp.einsum("btd,dhk->bthk", x_BTD, attention.deinterleave(qkv[:, i])) for i in (0, 1))
+        v = jnp.einsum("btd,dhk->bthk", x_BTD, qkv[:, 2])
+        return jnp.einsum("bthk,hkd->btd", attention.rotate(q, *rotary) + attention.rotate(k, *rotary) + v, out)
+
+    backend = attention.resolve_backend(
+        c.attention, sharding.platform(), dtype=c.dtype, head_dim=K, dropout=c.dropout, masked=False, seq=1
+    )
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        key = jax.random.key(0) if c.dropout else None
+        return attention.attend(q, k, v, backend=backend, chunk=c.attention_chunk, dropout=c.dropout, key=key)
+
+    heads = sharding.P(*sharding.TOKENS, None, None)
+    weights = draw(D, dtype=jnp.float32), draw(D, 3, H, K, scale=D**-0.5), draw(H, K, D, scale=D**-0.5)
+    qkv = tuple(draw(B, T, H, K, spec=heads) for _ in range(3))
+    return [
+        Part("projections of attention", c.num_layers, with_gradients(project), (d_hidden, hidden, *weights)),
+        Part("attention", c.num_layers, with_gradients(attend), (draw(B, T, H, K, spec=heads), *qkv)),
+    ]
+
+
+def _experts(c: ModelConfig, hidden: jax.Array, d_hidden: jax.Array, draw: Callable) -> list[Part]:
+    """Routing with experts that do nothing, and the experts on rows that are sorted already."""
+    B, T, D = hidden.shape
+    E, F, M = c.num_experts, c.d_ff, B * T * c.experts_per_token
+    backend = grouped.resolve_backend(c.moe, sharding.platform())
+
+    def route(x_BTD: jax.Array, scale_D: jax.Array, router_DE: jax.Array) -> jax.Array:
+        out, _ = moe.moe(
+            rms_norm(x_BTD, scale_D, c.norm_epsilon), router_DE, {}, lambda x, weights, multiply, key: x,
+            num_chosen=c.experts_per_token, backend="ragged", block=c.moe_block,
+        )  # fmt: skip
+        return out
+
+    def experts(x_MD: jax.Array, weights: Any, sizes_E: jax.Array, *, backend: str) -> jax.Array:
+        expert = make_expert(c.activation, 0.0)
+
+        def local(x: jax.Array, w: Any, sizes: jax.Array) -> jax.Array:
+            return grouped.apply_experts(expert, x, sharding.varying(w), sharding.varying(sizes), backend=backend,
+                                         block=c.moe_block)  # fmt: skip
+
+        rows = sharding.P((*sharding.BATCH, "seq"))
+        return jax.shard_map(local, in_specs=(rows, sharding.P(), sharding.P()), out_specs=rows)(x_MD, weights, sizes_E)
+
+    sizes_E = jnp.full(E, M // E, jnp.int32)
+    sizes_E = sizes_E.at[0].add(M - M // E * E)
+    rows = sharding.P((*sharding.BATCH, "seq"))
+    names = ("up", "gate") if c.activation == "swiglu" else ("up",)
+    weights = {name: draw(E, D, F, scale=D**-0.5) for name in names} | {"down": draw(E, F, D, scale=F**-0.5)}
+    arguments = (draw(M, D, spec=rows), draw(M, D, spec=rows), weights)
+
+    def run(backend: str) -> Callable:
+        return with_gradients(lambda x, w: experts(x, w, sizes_E, backend=backend))
+
+    routed = (d_hidden, hidden, draw(D, dtype=jnp.float32), draw(D, E, dtype=jnp.float32))
+    return [
+        Part("router and dispatch", c.num_layers, with_gradients(route), routed),
+        Part("experts", c.num_layers, run(backend), arguments, counted=run("ragged")),
+    ]
+
+
+def _head(c: ModelConfig, hidden: jax.Array, tokens: jax.Array, draw: Callable) -> Part:
+    def head(x_BTD: jax.Array, scale_D: jax.Array, table_VD: jax.Array) -> jax.Array:
+        return loss.cross_entropy_sums(rms_norm(x_BTD, scale_D, c.norm_epsilon), table_VD, tokens, c.loss_chunk)[0]
+
+    scale, table = draw(c.d_model, dtype=jnp.float32), draw(c.vocab_size, c.d_model, scale=0.02)
+    return Part("head and loss", 1, with_gradients(head), (jnp.ones(()), hidden, scale, table))
+
+
+def _optimizer(config: ConfigDict) -> Part:
+    """Clipping, Muon and AdamW, on gradients of the parameters' scale."""
+    transform = make_optimizer(config.optimizer, num_steps(config))
+    model = MoETransformer(ModelConfig(**config.model))
+    tokens = jnp.zeros((1, 1), jnp.int32, out_sharding=sharding.TOKENS)
+    params = jax.jit(lambda: model.init(jax.random.key(config.seed), tokens)["params"])()
+    state = jax.jit(transform.init)(params)
+
+    def update(grads: Any, state: Any, params: Any) -> Any:
+        updates, state = transform.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return Part("optimizer", 1, update, (params, state, params))
