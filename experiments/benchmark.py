@@ -1,4 +1,4 @@
-"""Times our training step beside the PyTorch original's, on the strategies' shapes, in one run.
+"""Times our training step beside its peers', on the strategies' shapes, in one run.
 
     python -m experiments.benchmark --scale=cpu --repeats=5 \
         --out=experiments/results/benchmark/cpu.json
@@ -7,8 +7,11 @@ A step is everything: forward, backward, clipping, Muon and AdamW, on all cores,
 --config.model.dtype=bfloat16 is given (ours alone); the machine's matmul is of the same type. Every
 round takes one step of each implementation on each strategy and measures the machine, so that what
 slows the machine down slows all of them. Both train on the same random tokens, from random weights
-of the same distribution. The original (tests/parity/original.py) runs where PyTorch is installed
-and JAX runs on the CPU.
+of the same distribution. Peers run on the CPU, where PyTorch is installed: `original`
+(tests/parity/original.py), written as the original experiment is; `compiled`, the same by
+torch.compile; `mixtral`, of Hugging Face transformers, beside our gated experts:
+
+    python -m experiments.benchmark --implementations=ours,original,mixtral --config.model.activation=swiglu --out=...
 
     python -m experiments.benchmark --scale=published --steps=1 --out=...
 
@@ -46,7 +49,8 @@ from research import process
 from research.config import ConfigError
 
 STRATEGIES = ("large_batch", "balanced", "long_seq")
-IMPLEMENTATIONS = ("ours", "original")
+IMPLEMENTATIONS = ("ours", "original", "compiled", "mixtral")
+NEEDS = {"original": "torch", "compiled": "torch", "mixtral": "transformers"}
 BUSY = 0.5  # processes that run on average before we begin
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -103,8 +107,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, ConfigDict
     has_torch = importlib.util.find_spec("torch") is not None
     given = arguments.implementations or ",".join(IMPLEMENTATIONS[: 1 + has_torch])
     arguments.implementations = choose("--implementations", given, IMPLEMENTATIONS)
-    if "original" in arguments.implementations and not has_torch:
-        raise ConfigError("--implementations", given, "the original needs pip install torch")
+    for name in arguments.implementations:
+        if name in NEEDS and importlib.util.find_spec(NEEDS[name]) is None:
+            raise ConfigError("--implementations", given, f"{name} needs pip install {NEEDS[name]}")
     overrides = ["--config.model.dtype=float32", *overrides]
     configs = {}
     for name in arguments.strategies:
@@ -125,18 +130,26 @@ def check(config: ConfigDict, implementations: Sequence[str]) -> None:
     dtype, accumulation = config.model.dtype, config.train.accumulation
     if accumulation != 1:
         raise ConfigError("config.train.accumulation", accumulation, "whole batches only; use 1")
-    if "original" in implementations and dtype != "float32":
-        message = "the original runs in float32; add --implementations=ours"
+    if peers(implementations) and dtype != "float32":
+        message = f"{peers(implementations)[0]} runs in float32; add --implementations=ours"
         raise ConfigError("config.model.dtype", dtype, message)
+    if "mixtral" in implementations and config.model.activation != "swiglu":
+        message = "Mixtral's experts are gated; add --config.model.activation=swiglu"
+        raise ConfigError("config.model.activation", config.model.activation, message)
+
+
+def peers(implementations: Sequence[str]) -> list[str]:
+    return [name for name in implementations if name != "ours"]
 
 
 def time_all(arguments: argparse.Namespace, configs: dict[str, ConfigDict], _: Sequence[str]) -> dict[str, Any]:
     """One step of every contestant and one measurement of the machine a round, in turn."""
     import jax
 
-    if "original" in arguments.implementations and jax.default_backend() != "cpu":
+    others = peers(arguments.implementations)
+    if others and jax.default_backend() != "cpu":
         message = f"runs on the CPU, JAX on {jax.default_backend()}; use ours"
-        raise ConfigError("--implementations", "original", message)
+        raise ConfigError("--implementations", others[0], message)
     steps, facts = {}, {}
     for name, config in configs.items():
         for implementation in arguments.implementations:
@@ -145,7 +158,7 @@ def time_all(arguments: argparse.Namespace, configs: dict[str, ConfigDict], _: S
             steps[contestant], facts[contestant] = BUILDERS[implementation](config)
             steps[contestant]()
     (dtype,) = {config.model.dtype for config in configs.values()}  # an override, or float32, for all of them
-    machine = machine_speeds("original" in arguments.implementations, dtype)
+    machine = machine_speeds(bool(others), dtype)
     for measure in machine.values():
         measure()
     seconds = {contestant: [] for contestant in steps}
@@ -200,7 +213,7 @@ def compare(
 ) -> list[dict[str, Any]]:
     """A row for each (strategy, implementation).
 
-    matmul_share: model FLOP/s over the fastest matmul seen. original_over_ours: of the steps of one
+    matmul_share: model FLOP/s over the fastest matmul seen. over_ours: a peer's seconds over ours, of the steps of one
     round. cost_per_token and flops_per_token_ratio: over those of the shortest strategy.
     """
     from research import flops
@@ -230,9 +243,9 @@ def compare(
             flops_per_token_ratio=cost[name] / cost[shortest],
             **facts[name, implementation],
         )
-        theirs = seconds.get((name, "original"))
-        if implementation == "ours" and theirs:
-            row["original_over_ours"] = spread(np.divide(theirs, taken))
+        ours = seconds.get((name, "ours"))
+        if implementation != "ours" and ours:
+            row["over_ours"] = spread(np.divide(taken, ours))
         rows.append(row)
     return rows
 
@@ -277,7 +290,8 @@ def describe(argv: Sequence[str], arguments: argparse.Namespace) -> dict[str, An
     """Where and how the numbers were made."""
     from research import metrics
 
-    torch = "original" in arguments.implementations
+    others = peers(arguments.implementations)
+    versions = {NEEDS[name] for name in others} | ({"torch"} if others else set())
     load = os.getloadavg()[0]
     if load > BUSY:
         progress(f"warning: load average {load:.1f}: other work shares this machine, and so these timings")
@@ -289,7 +303,7 @@ def describe(argv: Sequence[str], arguments: argparse.Namespace) -> dict[str, An
         load_average=load,
         environment=metrics.environment(),
         malloc=os.environ.get("GLIBC_TUNABLES"),
-        torch=importlib.metadata.version("torch") if torch else None,
+        peers={name: importlib.metadata.version(name) for name in sorted(versions)},
     )
 
 

@@ -1,9 +1,10 @@
-"""What the benchmark times: a training step of ours, one of the PyTorch original, and the machine.
+"""What the benchmark times: a training step of ours, those of its peers in PyTorch, and the machine.
 
 JAX and PyTorch are imported where they are used, so that the peak memory of a process that runs one
 of them is without the other.
 """
 
+import functools
 import os
 import time
 from collections.abc import Callable
@@ -62,23 +63,46 @@ def build_ours(config: ConfigDict) -> tuple[Step, Facts]:
     return take, facts
 
 
-def build_original(config: ConfigDict) -> tuple[Step, Facts]:
-    """A step of the PyTorch original."""
+def build_original(config: ConfigDict, compiled: bool = False) -> tuple[Step, Facts]:
+    """A step of the PyTorch original, eager or with its model compiled by torch.compile."""
     import torch
 
     from tests.parity.original import Original, Trainer
 
-    torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(config.seed)
     model = Original(config.model).train()
-    trainer = Trainer(model, config.optimizer, num_steps(config))
+    if compiled:
+        model.compile()
+    return _torch_step(config, Trainer(model, config.optimizer, num_steps(config)))
+
+
+def build_mixtral(config: ConfigDict) -> tuple[Step, Facts]:
+    """A step of transformers' Mixtral, at the same dimensions."""
+    import torch
+
+    from tests.parity import mixtral
+
+    torch.manual_seed(config.seed)
+    model = mixtral.build(config.model, config.seq_len).train()
+    return _torch_step(config, mixtral.Trainer(model, config.optimizer))
+
+
+def _torch_step(config: ConfigDict, trainer: Any) -> tuple[Step, Facts]:
+    import torch
+
+    torch.set_num_threads(os.cpu_count() or 1)
     batch = random_batch(config)
     tensors = tuple(torch.tensor(batch[k], dtype=torch.int64) for k in ("inputs", "targets"))
     facts = dict(threads=torch.get_num_threads(), wait_policy=os.environ.get("OMP_WAIT_POLICY"))
     return lambda: trainer.step(tensors, config.model.balance_weight), lambda: facts
 
 
-BUILDERS = {"ours": build_ours, "original": build_original}
+BUILDERS = {
+    "ours": build_ours,
+    "original": build_original,
+    "compiled": functools.partial(build_original, compiled=True),
+    "mixtral": build_mixtral,
+}
 
 
 def seconds_of(run: Callable[[], Any]) -> tuple[float, Any]:

@@ -1,0 +1,101 @@
+"""A peer: Mixtral of Hugging Face transformers (Jiang et al. 2024, arXiv:2401.04088) at our dimensions, with gated
+experts, and the training step that the original takes: the same clipping, Muon for matrices, AdamW for the rest.
+
+It differs from our swiglu variant in three things that cost next to nothing: the embedding is not scaled by sqrt(D),
+its balance loss is of all layers' assignments at once, and each half of a head is rotated against the other.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+
+from tests.parity.original import Batch, newton_schulz
+
+
+def build(config: Any, seq_len: int) -> transformers.MixtralForCausalLM:
+    """Random weights, in float32, of a `config.model` whose activation is swiglu."""
+    return transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.d_model,
+            intermediate_size=config.d_ff,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_heads,
+            max_position_embeddings=seq_len,
+            num_local_experts=config.num_experts,
+            num_experts_per_tok=config.experts_per_token,
+            rms_norm_eps=config.norm_epsilon,
+            rope_parameters=dict(rope_type="default", rope_theta=config.rope_base),
+            tie_word_embeddings=config.tie_embeddings,
+            initializer_range=config.init_stddev,
+            attention_dropout=config.dropout,
+            sliding_window=None,
+            output_router_logits=True,
+            use_cache=False,
+        )
+    )
+
+
+class Muon(torch.optim.Optimizer):
+    """Orthogonalised Nesterov momentum of weights [out, in] and of stacks of experts [E, out, in]."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float):
+        super().__init__(parameters, dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["mean"] = torch.zeros_like(p)
+                state["mean"].lerp_(p.grad, 1 - group["momentum"])
+                ahead = p.grad.lerp(state["mean"], group["momentum"])
+                for weight, direction in zip(matrices(p), matrices(ahead), strict=True):
+                    scale = max(1, weight.shape[0] / weight.shape[1]) ** 0.5
+                    weight.add_(newton_schulz(direction), alpha=-group["lr"] * scale)
+
+
+def matrices(x: torch.Tensor) -> list[torch.Tensor]:
+    """The matrices of a weight: itself, or each expert's; gate and up, which are stored as one, apart."""
+    if x.ndim == 2:
+        return [x]
+    halves = x.chunk(2, dim=1) if x.shape[1] > x.shape[2] else (x,)  # [E, 2F, D], or [E, D, F]
+    return [matrix for half in halves for matrix in half.unbind()]
+
+
+class Trainer:
+    """One step after another of a model that `build` made."""
+
+    def __init__(self, model: nn.Module, config: Any):
+        self.model, self.clip_norm = model, config.clip_norm
+        tables = ("embed_tokens.weight", "lm_head.weight")
+        named = {id(p): (name, p) for name, p in model.named_parameters()}.values()
+        is_matrix = {p: p.ndim > 1 and not name.endswith(tables) for name, p in named}
+        self.optimizers = [
+            Muon([p for p, matrix in is_matrix.items() if matrix], config.learning_rate, config.momentum),
+            torch.optim.AdamW(
+                [p for p, matrix in is_matrix.items() if not matrix],
+                lr=config.adamw_learning_rate,
+                betas=(config.beta1, config.beta2),
+                eps=config.epsilon,
+                weight_decay=config.weight_decay,
+            ),
+        ]
+
+    def step(self, batch: Batch, balance_weight: float) -> float:
+        """One training step on a batch (targets of -1 are not counted). Returns its cross-entropy."""
+        inputs, targets = batch
+        out = self.model(inputs)
+        loss = F.cross_entropy(out.logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        (loss + balance_weight * out.aux_loss).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return loss.item()
