@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -231,6 +232,17 @@ def test_a_mistake_in_one_thread_stops_the_others(tmp_path, here):
         memory_plan._at_once(run, range(64), kept)
     assert len(begun) < 64
     assert memory_plan._at_once(lambda item: (kept.usage(config), item)[1], range(5), kept) == [0, 1, 2, 3, 4]
+
+
+def test_threads_that_want_one_program_compile_it_once(tmp_path, here, monkeypatch):
+    def slow(config, target):
+        time.sleep(0.2)
+        return memory.Usage(1, 2, 3, 4)
+
+    monkeypatch.setitem(programs.KINDS, "train", slow)
+    kept, config = programs.Programs(here), config_of(**{"data.cache_dir": str(tmp_path)})
+    found = memory_plan._at_once(lambda _: kept.usage(config), range(8), kept)
+    assert found == [memory.Usage(1, 2, 3, 4)] * 8 and kept.compiled == 1
 
 
 def test_a_plan_beside_real_steps(monkeypatch):

@@ -43,23 +43,25 @@ class Programs:
     saying: Callable[[str], None] = lambda text: None
     compiled: int = 0
     stop: threading.Event = dataclasses.field(default_factory=threading.Event)
+    _busy: dict[str, threading.Lock] = dataclasses.field(default_factory=dict)
 
     def usage(self, config: Any, kind: str = "train") -> memory.Usage:
         """Of the 'train' or 'eval' step of a config.
 
         Raises: ConfigError as `memory.train_usage` does; CancelledError after `stop`.
         """
-        if self.stop.is_set():
-            raise CancelledError
         path = cache_root(config) / "memory" / f"{key(config, kind, self.target)}.json"
-        found = _read(path)
-        if found is None:
-            self.saying(describe(config, kind))
-            found = KINDS[kind](config, self.target)
-            self.compiled += 1
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps(dataclasses.asdict(found)) + "\n")
-        return found
+        with self._busy.setdefault(path.name, threading.Lock()):  # of threads that want one program, one compiles it
+            if self.stop.is_set():
+                raise CancelledError
+            found = _read(path)
+            if found is None:
+                self.saying(describe(config, kind))
+                found = KINDS[kind](config, self.target)
+                self.compiled += 1
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_text(path, json.dumps(dataclasses.asdict(found)) + "\n")
+            return found
 
 
 def describe(config: Any, kind: str) -> str:
