@@ -1,6 +1,7 @@
 """The training step: one outcome whatever the mesh or the accumulation; what is compiled; what is counted."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -125,6 +126,29 @@ def test_no_array_of_all_logits_or_all_scores_in_a_step(rng):
     for shape in ("[4,32,61]", "[128,61]", "[1,4,32,61]", "[4,4,32,32]", "[16,32,32]"):
         assert shape not in text, shape
     assert "[16,61]" in text  # one chunk's logits
+
+
+LEAVES = re.compile(r"\b(infeed|outfeed|send|recv)\(|python\w*callback")
+
+
+def test_a_step_never_leaves_the_device(rng):
+    mesh, init, run = make_step()
+    with jax.set_mesh(mesh):
+        batch = sharding.put_batch({k: x[None] for k, x in random_batch(rng, 4, 16).items()}, mesh)
+        text = run.lower(jax.jit(init)(), batch).compile().as_text()
+    seen = jax.jit(lambda x: (jax.debug.callback(print, x), x)[1]).lower(1.0).compile().as_text()
+    assert LEAVES.search(seen)  # as it would be written
+    assert not LEAVES.search(text)
+
+
+def test_fifty_steps_are_compiled_once(rng):
+    mesh, init, run = make_step(steps=50)
+    with jax.set_mesh(mesh):
+        state = jax.jit(init)()
+        for _ in range(50):
+            batch = sharding.put_batch({k: x[None] for k, x in random_batch(rng, 4, 16).items()}, mesh)
+            state, _ = run(state, batch)
+    assert run._cache_size() == 1 and int(state.step) == 50
 
 
 def test_steps_draw_different_noise_and_the_same_seed_the_same():
