@@ -1,11 +1,13 @@
 """Eight simulated devices on the CPU, set before JAX starts; children of the tests start without them."""
 
 import os
+import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 DEVICES_FLAG = "--xla_force_host_platform_device_count=8"
 QUICK_FLAG = "--xla_backend_optimization_level=0"  # tests compile far more than they compute
-if os.environ["JAX_PLATFORMS"] == "cpu" and DEVICES_FLAG not in os.environ.get("XLA_FLAGS", ""):
+TIMED = "bench" in sys.argv  # pytest -m bench: as users run it, with neither
+if os.environ["JAX_PLATFORMS"] == "cpu" and DEVICES_FLAG not in os.environ.get("XLA_FLAGS", "") and not TIMED:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES_FLAG} {QUICK_FLAG}".strip()
 
 import jax  # noqa: E402

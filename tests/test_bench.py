@@ -1,5 +1,6 @@
-"""How fast each part of a step is, with pytest-benchmark: `python -m pytest -m bench --benchmark-enable`; not part of the
-tests.
+"""How fast each part of a step is, with pytest-benchmark; not part of the tests:
+
+    python -m pytest -m bench --benchmark-enable
 
 Add --benchmark-autosave, and later --benchmark-compare, to see what a change has done to each.
 """
