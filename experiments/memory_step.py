@@ -59,7 +59,7 @@ def measure(config) -> dict[str, float]:
         batch = memory.abstract_batch(config, mesh, config.batch_size, config.seq_len, parts)
         run = step.make_train_step(model, optimizer, schedule).lower(state, batch).compile()
         init = init.lower().compile()
-        found = run.memory_analysis()
+        found = memory.usage_of(run)
         tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, batch["inputs"].shape, dtype=np.int32)
         batch = sharding.put_batch({name: tokens for name in batch}, mesh)
         state, _ = jax.block_until_ready(run(init(), batch))
@@ -69,11 +69,8 @@ def measure(config) -> dict[str, float]:
             state, metrics = run(state, batch)
             jax.block_until_ready((state, metrics))
             seconds.append(time.monotonic() - began)
-        measured = _peak() - between + (found.argument_size_in_bytes if between else 0)
-    predicted = memory.Usage(
-        found.argument_size_in_bytes, found.output_size_in_bytes, found.temp_size_in_bytes, found.alias_size_in_bytes
-    ).total
-    return dict(predicted=predicted, measured=measured, seconds=statistics.median(seconds))
+        measured = _peak() - between + (found.arguments if between else 0)
+    return dict(predicted=found.total, measured=measured, seconds=statistics.median(seconds))
 
 
 def _begin() -> int:

@@ -1,5 +1,6 @@
 """What compiled programs say of memory: counted by hand, told apart, fitted, and seen when a step really runs."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -11,7 +12,7 @@ import pytest
 from experiments import memory_check, memory_frontier
 from experiments.flags import load_config
 from research import flops, sharding, target
-from research.analysis import frontier, memory, memory_law, memory_plan, memory_report, parts, programs
+from research.analysis import frontier, memory, memory_law, memory_plan, memory_report, parts, programs, scratch
 from research.config import ConfigError
 from tests.small import small_config
 
@@ -49,7 +50,7 @@ def test_arguments_and_aliases_are_those_counted_by_hand(here):
     batch = 2 * 4 * 4 * 32  # inputs and targets, int32
     assert found.arguments == sum(state.values()) + batch + 4 + 8  # step, key
     assert found.aliased >= sum(state.values())  # donated: written over
-    assert found.total == found.arguments + found.outputs + found.temporaries - found.aliased
+    assert found.total == found.arguments + found.outputs + found.temporaries - found.aliased + found.scratch
     assert found.total >= 2 * state["parameters"] + state["optimizer"]  # gradients at least
 
 
@@ -61,6 +62,46 @@ def test_more_rows_or_longer_ones_take_more():
 def test_scores_that_are_kept_are_counted():
     found = {name: usage(seq_len=256, **{"model.attention": name}).total for name in ("xla", "chunked")}
     assert found["xla"] - found["chunked"] > 4 * 4 * 256 * 256 * 4  # B H T T float32
+
+
+GROUP = """
+%fused (a: f32[1,4,8,2], b: f32[1,4,2,8], e: f32[1,4,8,8]) -> f32[1,4,8,8] {
+  %a = f32[4,8,2]{2,1,0} parameter(0)
+  %b = f32[4,2,8]{2,1,0} parameter(1)
+  %e = f32[ROWS,4,8,8]{3,2,1,0} parameter(2)
+  %product = f32[4,8,8]{2,1,0} PRODUCT(%a, %b), lhs_contracting_dims={2}, rhs_contracting_dims={1}
+  %view = f32[ROWS,4,8,8]{3,2,1,0} bitcast(%product)
+  %scaled = f32[ROWS,4,8,8]{3,2,1,0} multiply(%view, %e)
+  %sums = f32[ROWS,4,8]{2,1,0} reduce(%scaled, %zero), dimensions={3}, to_apply=%add
+  %wide = f32[ROWS,4,8,8]{3,2,1,0} broadcast(%sums), dimensions={0,1,2}
+  ROOT %out = f32[ROWS,4,8,8]{3,2,1,0} subtract(%view, %wide)
+}
+
+ENTRY %main (a: f32[4,8,2]) -> f32[4,8,8] {
+  ROOT %call = f32[4,8,8]{2,1,0} fusion(%p), calls=%fused, backend_config={"fusion_config":{"kind":"KIND"}}
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("product", "kind", "rows", "expected"),
+    [
+        ("dot", "__ynn_fusion", 1, 4 * (256 + 256 + 32)),  # the product whole, what follows too: there is one row
+        ("dot", "__ynn_fusion", 4, 4 * (256 + (4 * 256 + 4 * 32) // 4)),  # in slices of one row
+        ("add", "__ynn_fusion", 1, 0),  # no product: in pieces
+        ("dot", "other", 1, 0),
+    ],
+)
+def test_what_kernels_keep_for_themselves_is_counted_by_hand(product, kind, rows, expected):
+    text = GROUP.replace("PRODUCT", product).replace("KIND", kind).replace("ROWS", str(rows))
+    assert scratch.scratch_bytes(text) == expected
+
+
+def test_scratch_of_kept_scores_is_part_of_the_plan():
+    found = usage(batch_size=8, seq_len=512, **{"model.attention": "xla"})
+    scores = 4 * 8 * config_of().model.num_heads * 512 * 512
+    assert found.scratch == (scores + 2 * scores // 8 if scratch.KEPT else 0)
+    assert found.total == dataclasses.replace(found, scratch=0).total + found.scratch
 
 
 def test_recomputing_and_microbatches_take_less():

@@ -11,15 +11,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from research.analysis import hlo
 from research.sharding import AXES
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8,
-         "s64": 8, "u64": 8}  # fmt: skip
-HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-ARRAY = re.compile(r"\b(\w+)\[([\d,]*)\]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,21 +49,9 @@ def collectives(text: str, mesh_shape: Sequence[int]) -> list[Collective]:
 
     Raises: ValueError at a collective in a loop whose number of turns is not known.
     """
-    computations = dict(_computations(text))
+    computations = dict(hlo.computations(text))
     entry = next(name for name, (is_entry, _) in computations.items() if is_entry)
     return list(_walk(entry, 1, computations, tuple(mesh_shape)))
-
-
-def _computations(text: str) -> Iterator[tuple[str, tuple[bool, list[str]]]]:
-    name, is_entry, lines = "", False, []
-    for line in text.splitlines():
-        header = HEADER.match(line)
-        if header:
-            is_entry, name, lines = bool(header[1]), header[2], []
-        elif line.startswith("}"):
-            yield name, (is_entry, lines)
-        else:
-            lines.append(line)
 
 
 def _walk(name: str, times: int | None, computations: dict, mesh_shape: tuple[int, ...]) -> Iterator[Collective]:
@@ -95,16 +80,12 @@ def _collective(line: str, mesh_shape: tuple[int, ...]) -> Collective | None:
     if not match:
         return None
     shapes, kind, begun = match[1], match[2], match[3]
-    sizes = [_bytes(dtype, dims) for dtype, dims in ARRAY.findall(shapes)]
+    sizes = [hlo.array_bytes(dtype, dims) for dtype, dims in hlo.ARRAY.findall(shapes)]
     total = max(sizes) if begun and kind != "all-reduce" else sum(sizes)  # begun: (what goes in, what comes out)
     groups = _groups(line, math.prod(mesh_shape))
     if kind == "reduce-scatter":
         total *= groups.shape[1]  # what goes in; the line says what comes out
     return Collective(kind, total, tuple(groups[0].tolist()), _axes(groups, mesh_shape), 1)
-
-
-def _bytes(dtype: str, dims: str) -> int:
-    return BYTES[dtype] * math.prod(int(dim) for dim in dims.split(",") if dim)
 
 
 def _groups(line: str, devices: int) -> np.ndarray:

@@ -1,8 +1,9 @@
 """How much memory a step needs on each device, from its compiled program; nothing is allocated, nothing runs.
 
 A program's buffers are its arguments, its outputs and its temporaries; outputs that are written over arguments (donated
-state) count once:  total = arguments + outputs + temporaries - aliased. (The field that XLA calls peak leaves the
-temporaries out on CPU.) A training run holds the optimiser's state while it evaluates, so that is counted there too.
+state) count once:  total = arguments + outputs + temporaries - aliased + scratch. (The field that XLA calls peak leaves
+the temporaries out on CPU.) Scratch is what the CPU's kernels take beside these buffers (scratch.py). A training run
+holds the optimiser's state while it evaluates, so that is counted there too.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from research import attention, checkpoint, evaluate, sharding, step
+from research.analysis import scratch
 from research.config import ConfigError, validate
 from research.model import ModelConfig, MoETransformer
 from research.optimizer import make_optimizer, make_schedule
@@ -30,10 +32,11 @@ class Usage:
     outputs: int
     temporaries: int
     aliased: int
+    scratch: int = 0
 
     @property
     def total(self) -> int:
-        return self.arguments + self.outputs + self.temporaries - self.aliased
+        return self.arguments + self.outputs + self.temporaries - self.aliased + self.scratch
 
 
 def mesh_of(config: Any, target: Target) -> jax.sharding.Mesh:
@@ -103,14 +106,23 @@ def abstract_batch(config: Any, mesh: Any, rows: int, length: int, microbatches:
 
 
 def _compile(lowered: Any, target: Target) -> Usage:
-    found = lowered.compile(compiler_options=target.compiler_options or None).memory_analysis()
+    found = usage_of(lowered.compile(compiler_options=target.compiler_options or None))
     if found is None:
         raise ConfigError("--topology", target.name, "this backend does not say what memory a program takes")
+    return found
+
+
+def usage_of(program: Any) -> Usage | None:
+    """Of a compiled program; None where its backend does not say."""
+    found = program.memory_analysis()
+    if found is None:
+        return None
     return Usage(
         arguments=found.argument_size_in_bytes,
         outputs=found.output_size_in_bytes,
         temporaries=found.temp_size_in_bytes,
         aliased=found.alias_size_in_bytes,
+        scratch=scratch.scratch_bytes(program.as_text()) if scratch.KEPT else 0,
     )
 
 

@@ -87,12 +87,13 @@ def heading(plan: dict[str, Any]) -> str:
     here = (
         "It is not here: nothing ran on it." if plan["absent"] else "A program for another device needs other memory."
     )
+    scratch = ", and the scratch of CPU kernels" if plan["target"].startswith("CPU") else ""
     return (
         f"# Memory frontier: what fits {plan['budget']} a device\n\n"
         f"`{shlex.join(plan['command'])}`\n\n"
         f"Programs compiled for **{plan['target']}** ({versions}). {here} Bytes are of one device, from the compiled "
-        "programs: arguments + outputs + temporaries - aliased; nothing was allocated. A batch fits if its training "
-        "step does; one unit more does not. GiB are powers of 1024."
+        f"programs: arguments + outputs + temporaries - aliased{scratch}; nothing was allocated. A batch fits if its "
+        "training step does; one unit more does not. GiB are powers of 1024."
     )
 
 

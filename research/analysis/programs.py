@@ -20,7 +20,9 @@ from research.target import Target
 
 KINDS = {"train": memory.train_usage, "eval": memory.eval_usage}
 SOURCES = (
+    "analysis/hlo",
     "analysis/memory",
+    "analysis/scratch",
     "attention",
     "evaluate",
     "grouped",
