@@ -6,6 +6,7 @@ they fuse, and one's arrays are in the cache for the next.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -130,36 +131,48 @@ def _experts(c: ModelConfig, hidden: jax.Array, d_hidden: jax.Array, draw: Calla
     E, F, M = c.num_experts, c.d_ff, B * T * c.experts_per_token
     backend = grouped.resolve_backend(c.moe, sharding.platform())
 
-    def route(x_BTD: jax.Array, scale_D: jax.Array, router_DE: jax.Array) -> jax.Array:
+    def idle(x: jax.Array, weights: Any, multiply: Any, key: Any, share: jax.Array | None) -> jax.Array:
+        return x if share is None else x * share[:, None].astype(x.dtype)
+
+    def route(x_BTD: jax.Array, scale_D: jax.Array, router_DE: jax.Array, *, backend: str) -> jax.Array:
         out, _ = moe.moe(
-            rms_norm(x_BTD, scale_D, c.norm_epsilon), router_DE, {}, lambda x, weights, multiply, key: x,
-            num_chosen=c.experts_per_token, backend="ragged", block=c.moe_block,
+            rms_norm(x_BTD, scale_D, c.norm_epsilon), router_DE, {}, idle,
+            num_chosen=c.experts_per_token, backend=backend, block=c.moe_block,
         )  # fmt: skip
         return out
 
-    def experts(x_MD: jax.Array, weights: Any, sizes_E: jax.Array, *, backend: str) -> jax.Array:
+    def experts(x_MD: jax.Array, share_M: jax.Array, weights: Any, sizes_E: jax.Array, *, backend: str) -> jax.Array:
         expert = make_expert(c.activation, 0.0)
 
-        def local(x: jax.Array, w: Any, sizes: jax.Array) -> jax.Array:
-            return grouped.apply_experts(expert, x, sharding.varying(w), sharding.varying(sizes), backend=backend,
-                                         block=c.moe_block)  # fmt: skip
+        def local(x: jax.Array, share: jax.Array, w: Any, sizes: jax.Array) -> jax.Array:
+            share = share if backend == "blocks" else None  # the others' is in combining
+            return grouped.apply_experts(expert, x, sharding.varying(w), sharding.varying(sizes), share,
+                                         backend=backend, block=c.moe_block)  # fmt: skip
 
-        rows = sharding.P((*sharding.BATCH, "seq"))
-        return jax.shard_map(local, in_specs=(rows, sharding.P(), sharding.P()), out_specs=rows)(x_MD, weights, sizes_E)
+        rows, whole = sharding.P((*sharding.BATCH, "seq")), sharding.P()
+        run = jax.shard_map(local, in_specs=(rows, rows, whole, whole), out_specs=rows)
+        return run(x_MD, share_M, weights, sizes_E)
 
     sizes_E = jnp.full(E, M // E, jnp.int32)
     sizes_E = sizes_E.at[0].add(M - M // E * E)
     rows = sharding.P((*sharding.BATCH, "seq"))
     names = ("up", "gate") if c.activation == "swiglu" else ("up",)
     weights = {name: draw(E, D, F, scale=D**-0.5) for name in names} | {"down": draw(E, F, D, scale=F**-0.5)}
-    arguments = (draw(M, D, spec=rows), draw(M, D, spec=rows), weights)
+    share = jax.nn.sigmoid(draw(M, spec=rows, dtype=jnp.float32))
+    arguments = (draw(M, D, spec=rows), draw(M, D, spec=rows), share, weights)
 
     def run(backend: str) -> Callable:
-        return with_gradients(lambda x, w: experts(x, w, sizes_E, backend=backend))
+        return with_gradients(lambda x, share, w: experts(x, share, w, sizes_E, backend=backend))
 
     routed = (d_hidden, hidden, draw(D, dtype=jnp.float32), draw(D, E, dtype=jnp.float32))
     return [
-        Part("router and dispatch", c.num_layers, with_gradients(route), routed),
+        Part(
+            "router and dispatch",
+            c.num_layers,
+            with_gradients(functools.partial(route, backend=backend)),
+            routed,
+            counted=with_gradients(functools.partial(route, backend="ragged")),
+        ),  # fmt: skip
         Part("experts", c.num_layers, run(backend), arguments, counted=run("ragged")),
     ]
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from research.remat import keep
 from research.sharding import AXES, BATCH, TOKENS, platform, varying
 
 MAX_PIECES = 16  # of the queries: more would only lengthen compilation
@@ -118,7 +119,7 @@ def _attend_chunked(q, k, v, segments, dropout, key, chunk):
             shard_key = functools.reduce(
                 jax.random.fold_in, [jax.lax.axis_index(axis) for axis in AXES], varying(rest[-1])
             )
-        rows = (_to_rows(x) for x in (q, k, v))
+        rows = keep([_to_rows(x) for x in (q, k, v)])
         out_RTK = _grouped_rows(*rows, q_segments, k_segments, shard_key, varying(start), chunk, dropout)
         return out_RTK.reshape(q.shape[0], q.shape[2], q.shape[1], -1).swapaxes(1, 2)
 
@@ -223,7 +224,7 @@ def _flash_forward(q, k, v, q_segments, k_segments, key, start, chunk, dropout):
                            preferred_element_type=jnp.float32)  # fmt: skip
         outs.append((mixed / sums).astype(v.dtype))
         lses.append((largest + jnp.log(sums))[..., 0])
-    out, lse = jnp.concatenate(outs, axis=-2), jnp.concatenate(lses, axis=-1)
+    out, lse = keep((jnp.concatenate(outs, axis=-2), jnp.concatenate(lses, axis=-1)))
     return out, (q, k, v, q_segments, k_segments, key, start, out, lse)
 
 

@@ -1,7 +1,8 @@
 """Experts on rows sorted by expert: one interface, a backend for each platform.
 
-An expert is any function `expert(x_MD, weights, multiply, key) -> y_MD` that multiplies only through `multiply(x, w)`,
-and treats the leading axes of x alike (there may be two):
+An expert is any function `expert(x_MD, weights, multiply, key, share_M) -> y_MD` that multiplies only through
+`multiply(x, w)`, treats the leading axes of x alike (there may be two), and multiplies its rows by share_M, if it is
+not None, where that is cheapest to differentiate: before its last product.
 
 `blocks`  (CPU) expert after expert, a block of rows at a time through the whole expert, so that its hidden layer never
           leaves the cache; the backward pass runs each block forward again and adds up weight gradients in place.
@@ -23,7 +24,7 @@ from jax import lax
 from research import tiles
 from research.sharding import varying, varying_axes
 
-Expert = Callable[[jax.Array, Any, Callable, jax.Array | None], jax.Array]
+Expert = Callable[[jax.Array, Any, Callable, jax.Array | None, jax.Array | None], jax.Array]
 
 
 def resolve_backend(backend: str, platform: str) -> str:
@@ -36,6 +37,7 @@ def apply_experts(
     x_MD: jax.Array,
     weights: Any,
     sizes_E: jax.Array,
+    share_M: jax.Array | None = None,
     *,
     backend: str,
     block: int = 256,
@@ -43,75 +45,100 @@ def apply_experts(
 ) -> jax.Array:
     """y_MD: each row of x_MD through its expert. Rows are sorted by expert, sizes_E (int32) of each, summing to M.
 
-    weights: a pytree of arrays [E, ...]. key: for an expert that draws (dropout), else None. For local arrays: call
-    it inside shard_map, with weights and x varying over the same axes.
+    weights: a pytree of arrays [E, ...]. share_M: multiplies the rows of y. key: for an expert that draws (dropout),
+    else None. For local arrays: call it inside shard_map, with all of them varying over the same axes.
     """
     if backend == "blocks":
-        return _blocks(x_MD, weights, sizes_E, key, expert, block)
+        return _blocks(x_MD, share_M, weights, sizes_E, key, expert, block)
     if backend == "tiles":
-        return _tiles(x_MD, weights, sizes_E, key, expert, block)
-    if backend == "ragged":
-        return expert(x_MD, weights, lambda x, w: lax.ragged_dot(x, w, sizes_E), key)
-    raise ValueError(f"moe backend {backend!r}: choose blocks, tiles or ragged")
+        y_MD = _tiles(x_MD, weights, sizes_E, key, expert, block)
+    elif backend == "ragged":
+        y_MD = expert(x_MD, weights, lambda x, w: lax.ragged_dot(x, w, sizes_E), key, None)
+    else:
+        raise ValueError(f"moe backend {backend!r}: choose blocks, tiles or ragged")
+    return y_MD if share_M is None else y_MD * share_M[:, None].astype(y_MD.dtype)
 
 
 def _tiles(x_MD, weights, sizes_E, key, expert, block):
     rows = tiles.tile_rows(x_MD.shape[0], sizes_E.shape[0], block)
     at = tiles.layout(sizes_E, x_MD.shape[0], rows)
-    out_NRD = expert(tiles.spread(x_MD, at), weights, lambda x, w: tiles.multiply(x, w, at.owner_N), key)
+    out_NRD = expert(tiles.spread(x_MD, at), weights, lambda x, w: tiles.multiply(x, w, at.owner_N), key, None)
     return tiles.gather(out_NRD, at)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _blocks(x_MD, weights, sizes_E, key, expert, block):
-    """Each expert walks its rows in blocks. Its last block may reach into the next expert's rows: those results are
-    overwritten when the next expert comes, and the last expert's go to `block` rows of padding."""
-    padded = jnp.pad(x_MD, ((0, block), (0, 0)))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _blocks(x_MD, share_M, weights, sizes_E, key, expert, block):
+    """Each expert walks its rows in blocks, and its results take the place of the rows. Its last block may reach into
+    the next expert's rows, and the last of all back into rows that are done: those stay as they are."""
+    block = min(block, x_MD.shape[0])
 
-    def one_expert(y, scanned):
+    def one_expert(rows_MD, scanned):
         w, first, size, number = scanned
 
-        def one_block(i, y):
-            at = first + i * block
-            rows = lax.dynamic_slice_in_dim(padded, at, block)
-            out = expert(rows, w, jnp.matmul, _block_key(key, number, i))
-            return lax.dynamic_update_slice_in_dim(y, out.astype(y.dtype), at, 0)
+        def one_block(i, rows_MD):
+            start, own = _window(first, size, i, block, x_MD.shape[0])
+            rows, share = _cut((rows_MD, share_M), start, block)
+            out = expert(rows, w, jnp.matmul, _block_key(key, number, i), share)
+            return _paste(rows_MD, out, rows, own, start)
 
-        return lax.fori_loop(0, ceil_div(size, block), one_block, y), None
+        return lax.fori_loop(0, ceil_div(size, block), one_block, rows_MD), None
 
-    return lax.scan(one_expert, _zeros(padded), _scanned(weights, sizes_E))[0][: len(x_MD)]
+    return lax.scan(one_expert, x_MD, _scanned(weights, sizes_E))[0]
 
 
-def _blocks_forward(x_MD, weights, sizes_E, key, expert, block):
-    return _blocks(x_MD, weights, sizes_E, key, expert, block), (x_MD, weights, sizes_E, key)
+def _blocks_forward(x_MD, share_M, weights, sizes_E, key, expert, block):
+    return _blocks(x_MD, share_M, weights, sizes_E, key, expert, block), (x_MD, share_M, weights, sizes_E, key)
 
 
 def _blocks_backward(expert, block, saved, dy_MD):
-    x_MD, weights, sizes_E, key = saved
-    padded, d_padded = (jnp.pad(a, ((0, block), (0, 0))) for a in (x_MD, dy_MD))
+    x_MD, share_M, weights, sizes_E, key = saved
+    block = min(block, x_MD.shape[0])
 
-    def one_expert(dx, scanned):
+    def one_expert(done, scanned):
         w, first, size, number = scanned
 
         def one_block(i, carry):
-            dx, dw = carry
-            at = first + i * block
-            rows, drawn = lax.dynamic_slice_in_dim(padded, at, block), _block_key(key, number, i)
-            _, vjp = jax.vjp(lambda rows, w: expert(rows, w, jnp.matmul, drawn), rows, w)
-            own = (i * block + jnp.arange(block) < size)[:, None]
-            d_rows, d_w = vjp(jnp.where(own, lax.dynamic_slice_in_dim(d_padded, at, block), 0))
-            dx = lax.dynamic_update_slice_in_dim(dx, d_rows, at, 0)
-            return dx, jax.tree.map(lambda total, g: total + g.astype(total.dtype), dw, d_w)
+            done, dw = carry
+            start, own = _window(first, size, i, block, x_MD.shape[0])
+            drawn = _block_key(key, number, i)
+            rows, share, dy, d_share = _cut((x_MD, share_M, *done), start, block)
+            _, vjp = jax.vjp(lambda rows, share, w: expert(rows, w, jnp.matmul, drawn, share), rows, share, w)
+            *d_own, d_w = vjp(jnp.where(own, dy, 0))
+            done = _paste(done, tuple(d_own), (dy, d_share), own, start)
+            return done, jax.tree.map(lambda total, g: total + g.astype(total.dtype), dw, d_w)
 
         zeros = jax.tree.map(lambda a: _zeros(a, jnp.promote_types(a.dtype, jnp.float32)), w)
-        dx, dw = lax.fori_loop(0, ceil_div(size, block), one_block, (dx, zeros))
-        return dx, jax.tree.map(lambda total, a: total.astype(a.dtype), dw, w)
+        done, dw = lax.fori_loop(0, ceil_div(size, block), one_block, (done, zeros))
+        return done, jax.tree.map(lambda total, a: total.astype(a.dtype), dw, w)
 
-    dx, dw = lax.scan(one_expert, _zeros(padded), _scanned(weights, sizes_E))
-    return dx[: len(x_MD)], dw, None, None
+    done = dy_MD, jax.tree.map(_zeros, share_M)  # gradients of the rows take the place of those of the results
+    (dx, d_share), dw = lax.scan(one_expert, done, _scanned(weights, sizes_E))
+    return dx, d_share, dw, None, None
 
 
 _blocks.defvjp(_blocks_forward, _blocks_backward)
+
+
+def _window(first, size, i, block, num_rows):
+    """Where block i of the expert with rows first..first + size starts, and which of its rows [block, 1] it is for."""
+    at = first + i * block
+    start = jnp.minimum(at, num_rows - block)
+    row = start + jnp.arange(block)
+    return start, ((row >= at) & (row < first + size))[:, None]
+
+
+def _cut(arrays, start, block):
+    return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, block), arrays)
+
+
+def _paste(arrays, new, old, own, start):
+    """The rows from `start` on: new ones where they are `own`, the old ones elsewhere."""
+
+    def one(array, new, old):
+        chosen = jnp.where(own if new.ndim > 1 else own[:, 0], new.astype(old.dtype), old)
+        return lax.dynamic_update_slice_in_dim(array, chosen, start, 0)
+
+    return jax.tree.map(one, arrays, new, old)
 
 
 def ceil_div(a, b):

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from research import attention, grouped, moe, sharding
+from research.remat import KEPT_ONLY, keep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,22 +77,26 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """x with a share `rate` of its entries set to 0 and the rest scaled up; the same draw on every mesh."""
     if key is None or rate == 0:
         return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape, out_sharding=jax.typeof(x).sharding)
-    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+    kept = keep(jax.random.bernoulli(key, 1 - rate, x.shape, out_sharding=jax.typeof(x).sharding))
+    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 
 def make_expert(activation: str, dropout_rate: float) -> grouped.Expert:
     """down(drop(silu(up x))), or gated: down(drop(silu(gate x) * (up x))) (Shazeer 2020, arXiv:2002.05202)."""
 
-    def expert(x_MD: jax.Array, weights: dict, multiply: Callable, key: jax.Array | None) -> jax.Array:
+    def expert(
+        x_MD: jax.Array, weights: dict, multiply: Callable, key: jax.Array | None, share_M: jax.Array | None
+    ) -> jax.Array:
         hidden_MF = multiply(x_MD, weights["up"])
         if activation == "swiglu":
             hidden_MF = jax.nn.silu(multiply(x_MD, weights["gate"])) * hidden_MF
         else:
             hidden_MF = jax.nn.silu(hidden_MF)
         if key is not None:
-            keep = jax.random.bernoulli(key, 1 - dropout_rate, hidden_MF.shape)
-            hidden_MF = jnp.where(keep, hidden_MF / (1 - dropout_rate), 0).astype(hidden_MF.dtype)
+            kept = jax.random.bernoulli(key, 1 - dropout_rate, hidden_MF.shape)
+            hidden_MF = jnp.where(kept, hidden_MF / (1 - dropout_rate), 0).astype(hidden_MF.dtype)
+        if share_M is not None:
+            hidden_MF = (hidden_MF * share_M[:, None]).astype(hidden_MF.dtype)
         return multiply(hidden_MF, weights["down"])
 
     return expert
@@ -105,10 +110,15 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, hidden_BTD: jax.Array, rotary: tuple, segments_BT: jax.Array | None):
-        halves = Block.mix, Block.think
-        if self.config.remat == "full":
-            halves = (nn.remat(half) for half in halves)
-        mix, think = halves
+        c, mix, think = self.config, Block.mix, Block.think
+        if c.remat == "full":
+            mix, think = nn.remat(mix), nn.remat(think)
+        else:  # where memory is slow: what is cheap is computed again, not kept
+            again = functools.partial(nn.remat, policy=KEPT_ONLY, prevent_cse=False)
+            if sharding.platform() == "cpu" and self.attention_backend(segments_BT) == "chunked":
+                mix = again(mix)
+            if self.moe_backend() == "blocks":
+                think = again(think)
         return think(self, mix(self, hidden_BTD, rotary, segments_BT))
 
     def mix(self, hidden_BTD: jax.Array, rotary: tuple, segments_BT: jax.Array | None) -> jax.Array:
@@ -139,17 +149,23 @@ class Block(nn.Module):
             v = jnp.einsum("btd,dhk->bthk", x_BTD, qkv[:, 2])
             return attention.rotate(q, *rotary), attention.rotate(k, *rotary), v
 
-        rate = c.dropout if self.train else 0.0
-        backend = attention.resolve_backend(
-            c.attention, sharding.platform(), dtype=c.dtype, head_dim=c.d_model // c.num_heads, dropout=rate,
-            masked=segments_BT is not None, seq=jax.sharding.get_abstract_mesh().shape["seq"],
-        )  # fmt: skip
         mixed_BTHK = attention.attend(
             *project(hidden_BTD, scale_D, qkv),
-            backend=backend, chunk=c.attention_chunk, segments_BT=segments_BT,
-            dropout=rate, key=self.key("dropout"),
+            backend=self.attention_backend(segments_BT), chunk=c.attention_chunk, segments_BT=segments_BT,
+            dropout=c.dropout if self.train else 0.0, key=self.key("dropout"),
         )  # fmt: skip
         return jnp.einsum("bthk,hkd->btd", mixed_BTHK, out)
+
+    def attention_backend(self, segments_BT: jax.Array | None) -> str:
+        c = self.config
+        return attention.resolve_backend(
+            c.attention, sharding.platform(), dtype=c.dtype, head_dim=c.d_model // c.num_heads,
+            dropout=c.dropout if self.train else 0.0, masked=segments_BT is not None,
+            seq=jax.sharding.get_abstract_mesh().shape["seq"],
+        )  # fmt: skip
+
+    def moe_backend(self) -> str:
+        return grouped.resolve_backend(self.config.moe, sharding.platform())
 
     def experts(self, x_BTD: jax.Array) -> tuple[jax.Array, dict]:
         c = self.config
@@ -161,7 +177,7 @@ class Block(nn.Module):
         return moe.moe(
             x_BTD, router, weights, make_expert(c.activation, c.dropout),
             num_chosen=c.experts_per_token,
-            backend=grouped.resolve_backend(c.moe, sharding.platform()),
+            backend=self.moe_backend(),
             block=c.moe_block,
             noise=c.router_noise,
             noise_key=self.key("router"),

@@ -4,6 +4,7 @@ Letters: B batch, T sequence, D width, N = B * T tokens, K experts a token, M = 
 Routing is dropless: every token reaches all K experts it chose, whatever the load.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -12,13 +13,16 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from research import grouped
+from research.remat import keep
 from research.sharding import AXES, BATCH, HIDDEN, varying, whole
 
 
 def route(logits_NE: jax.Array, num_chosen: int) -> tuple[jax.Array, jax.Array]:
     """Each token's experts (int32 [N, K], best first) and their weights [N, K]: the softmax of the chosen logits."""
-    chosen_NK, experts_NK = jax.lax.top_k(logits_NE, num_chosen)
-    return experts_NK.astype(jnp.int32), jax.nn.softmax(chosen_NK, axis=-1)
+    experts_NK = keep(jax.lax.top_k(jax.lax.stop_gradient(logits_NE), num_chosen)[1].astype(jnp.int32))
+    own_NKE = experts_NK[..., None] == jnp.arange(logits_NE.shape[-1])
+    chosen_NK = jnp.sum(jnp.where(own_NKE, logits_NE[:, None], 0), axis=-1)
+    return experts_NK, jax.nn.softmax(chosen_NK, axis=-1)
 
 
 def sort_by_expert(experts_NK: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -39,32 +43,34 @@ def sort_by_expert(experts_NK: jax.Array, num_experts: int) -> tuple[jax.Array, 
 def dispatch(x_ND: jax.Array, order_M: jax.Array, rank_M: jax.Array) -> jax.Array:
     """Sorted rows [M, D] of the tokens, one for each assignment (M a multiple of N).
 
-    Own gradient: a gather by the inverse permutation and a sum over K, where autodiff would scatter.
+    Own gradient: `combine`, a gather and a sum over K, where autodiff would scatter.
     """
     return x_ND[order_M // (order_M.shape[0] // x_ND.shape[0])]
 
 
-def _dispatch_forward(x_ND, order_M, rank_M):
-    return dispatch(x_ND, order_M, rank_M), (rank_M, x_ND.shape[0])
-
-
-def _dispatch_backward(saved, d_MD):
-    rank_M, tokens = saved
-    return d_MD[rank_M].reshape(tokens, -1, d_MD.shape[-1]).sum(axis=1), None, None
-
-
-dispatch.defvjp(_dispatch_forward, _dispatch_backward)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def combine(y_MD: jax.Array, order_M: jax.Array, rank_M: jax.Array, num_chosen: int) -> jax.Array:
+    """The sum of each token's rows [N, D]; its gradient is `dispatch`."""
+    return y_MD[rank_M].reshape(-1, num_chosen, y_MD.shape[-1]).sum(axis=1)
 
 
 @jax.custom_vjp
-def collect(y_MD: jax.Array, order_M: jax.Array, rank_M: jax.Array) -> jax.Array:
-    """Rows back in the order of the assignments; its gradient is the inverse permutation, again a gather."""
-    return y_MD[rank_M]
+def permute(x_M: jax.Array, order_M: jax.Array, rank_M: jax.Array) -> jax.Array:
+    """x[order], or rows of it; its gradient is the inverse permutation, again a gather."""
+    return x_M[order_M]
 
 
-collect.defvjp(
-    lambda y_MD, order_M, rank_M: (y_MD[rank_M], order_M),
-    lambda order_M, d_MD: (d_MD[order_M], None, None),
+dispatch.defvjp(
+    lambda x_ND, order_M, rank_M: (dispatch(x_ND, order_M, rank_M), (order_M, rank_M, rank_M.shape[0] // len(x_ND))),
+    lambda saved, d_MD: (combine(d_MD, *saved), None, None),
+)
+combine.defvjp(
+    lambda y_MD, order_M, rank_M, num_chosen: (combine(y_MD, order_M, rank_M, num_chosen), (order_M, rank_M)),
+    lambda num_chosen, saved, d_ND: (dispatch(d_ND, *saved), None, None),
+)
+permute.defvjp(
+    lambda x_M, order_M, rank_M: (x_M[order_M], rank_M),
+    lambda rank_M, d_M: (d_M[rank_M], None, None),
 )
 
 
@@ -91,23 +97,29 @@ def moe(
     if noise > 0 and noise_key is not None:
         sharding = jax.typeof(logits_BTE).sharding
         logits_BTE += noise * jax.random.normal(noise_key, logits_BTE.shape, out_sharding=sharding)
+    logits_BTE = keep(logits_BTE)
 
     def local(x_BTD, logits_BTE, weights, *key):
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         logits_NE = logits_BTE.reshape(x_ND.shape[0], -1)
         experts_NK, share_NK = route(logits_NE, num_chosen)
-        order_M, rank_M, sizes_E = sort_by_expert(experts_NK, logits_NE.shape[-1])
+        order_M, rank_M, sizes_E = keep(sort_by_expert(experts_NK, logits_NE.shape[-1]))
         shard_key = _shard_key(key[0]) if key else None
 
-        def experts(x_BTD, weights):
+        def experts(x_BTD, share_M, weights):
             x_MD = dispatch(x_BTD.reshape(-1, x_BTD.shape[-1]), order_M, rank_M)
-            return grouped.apply_experts(expert, x_MD, weights, sizes_E, backend=backend, block=block, key=shard_key)
+            return grouped.apply_experts(
+                expert, x_MD, weights, sizes_E, share_M, backend=backend, block=block, key=shard_key
+            )
 
-        # Its backward pass keeps nothing but the rows: gathering them again is quicker than keeping them.
-        experts = jax.checkpoint(experts, prevent_cse=False) if backend == "blocks" else experts
-        y_MD = experts(x_BTD, varying(weights))
-        y_NKD = collect(y_MD, order_M, rank_M).reshape(*experts_NK.shape, -1)
-        out_ND = jnp.einsum("nkd,nk->nd", y_NKD, share_NK.astype(y_NKD.dtype))
+        if backend == "blocks":
+            share_M = permute(share_NK.reshape(-1), order_M, rank_M)
+            y_MD = experts(x_BTD, share_M, varying(weights))
+            out_ND = combine(y_MD, order_M, rank_M, num_chosen)
+        else:
+            y_MD = experts(x_BTD, None, varying(weights))
+            y_NKD = permute(y_MD, rank_M, order_M).reshape(*experts_NK.shape, -1)
+            out_ND = jnp.einsum("nkd,nk->nd", y_NKD, share_NK.astype(y_NKD.dtype))
         probability_E = jax.nn.softmax(logits_NE, axis=-1).sum(axis=0)
         statistics = dict(assignments=sizes_E.astype(jnp.float32), probability=probability_E)
         return out_ND.reshape(x_BTD.shape), jax.tree.map(lambda s: s[None, None], statistics)

@@ -143,8 +143,8 @@ def newton_schulz(x_SRC: jax.Array) -> jax.Array:
     X <- P(X X^T) X with P(A) = a I + b A + c A^2, after which singular values lie within about 0.7 and 1.2.
 
     Between visits to X only its Gram matrix is mapped (A <- P A P, for all of them commute), a square of the smaller
-    side: at C = 4 R that is two thirds of the work. X is visited after three maps: the squares lose small singular values,
-    which five maps in a row would show in float32 and three do not.
+    side: at C = 4 R that is two thirds of the work. X is visited after three maps: the squares lose small singular
+    values, which five maps in a row would show in float32 and three do not.
     """
     wide = x_SRC.shape[-2] <= x_SRC.shape[-1]
     x = x_SRC if wide else x_SRC.swapaxes(-1, -2)

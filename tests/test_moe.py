@@ -32,18 +32,19 @@ def every_expert(x, weights, sizes, activation):
     return jnp.einsum("emf,efd,em->md", hidden, weights["down"], own)
 
 
-@functools.partial(jax.jit, static_argnames=("backend", "activation"))
-def both(x, weights, sizes, cotangent, backend, activation):
+@functools.partial(jax.jit, static_argnames=("backend", "activation", "block"))
+def both(x, weights, sizes, share, cotangent, backend, activation, block):
     """(output, gradients) of apply_experts and of every_expert."""
 
-    def fast(x, weights):
-        return grouped.apply_experts(make_expert(activation, 0.0), x, weights, sizes, backend=backend, block=4)
+    def fast(x, weights, share):
+        expert = make_expert(activation, 0.0)
+        return grouped.apply_experts(expert, x, weights, sizes, share, backend=backend, block=block)
 
-    def plain(x, weights):
-        return every_expert(x, weights, sizes, activation)
+    def plain(x, weights, share):
+        return every_expert(x, weights, sizes, activation) * share[:, None]
 
     def outcome(run):
-        out, vjp = jax.vjp(run, x, weights)
+        out, vjp = jax.vjp(run, x, weights, share)
         return out, *vjp(cotangent)
 
     return outcome(fast), outcome(plain)
@@ -54,15 +55,16 @@ def both(x, weights, sizes, cotangent, backend, activation):
     cuts=st.lists(st.integers(0, ROWS), min_size=EXPERTS - 1, max_size=EXPERTS - 1).map(sorted),
     backend=st.sampled_from(["blocks", "tiles", "ragged"]),
     activation=st.sampled_from(["silu", "swiglu"]),
+    block=st.sampled_from([4, 7, 32]),  # one that divides the rows, one that does not, one that is longer than they
     seed=st.integers(0, 2**32 - 1),
 )
-def test_experts_equal_every_expert_on_every_row(cuts, backend, activation, seed):
+def test_experts_equal_every_expert_on_every_row(cuts, backend, activation, block, seed):
     rng = np.random.default_rng(seed)
     sizes = np.diff([0, *cuts, ROWS]).astype(np.int32)
     with jax.enable_x64(True):
         weights = make_weights(rng, EXPERTS, 8, 12, ("up", "gate", "down"))
         x, cotangent = rng.standard_normal((2, ROWS, 8))
-        found, wanted = both(x, weights, sizes, cotangent, backend, activation)
+        found, wanted = both(x, weights, sizes, rng.uniform(size=ROWS), cotangent, backend, activation, block)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         assert a.dtype == np.float64
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)

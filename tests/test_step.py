@@ -128,6 +128,25 @@ def test_no_array_of_all_logits_or_all_scores_in_a_step(rng):
     assert "[16,61]" in text  # one chunk's logits
 
 
+@pytest.mark.parametrize("activation", ["silu", "swiglu"])
+def test_six_arrays_of_the_stream_are_kept_of_each_layer(rng, activation):
+    """On CPU: the stream before attention and before the experts; queries, keys, values and their mixture, by rows."""
+    mesh, init, run = make_step(activation=activation)
+    with jax.set_mesh(mesh):
+        batch = sharding.put_batch({k: x[None] for k, x in random_batch(rng, 4, 32).items()}, mesh)
+        state = jax.jit(init)()
+        text = run.lower(state, batch).compile().as_text()
+    weights = {leaf.shape for leaf in jax.tree.leaves(state.params)}
+    for loop in re.findall(r"= \((.*)\) while\(.*known_trip_count\D*2\b", text):
+        shapes = [tuple(map(int, dims.split(","))) for dims in re.findall(r"\w\d+\[([\d,]+)\]", loop)]
+        kept = [
+            shape for shape in shapes if shape[0] == 2 and shape not in weights and np.prod(shape) >= 2 * 4 * 32 * 32
+        ]
+        if kept:
+            break
+    assert sorted(kept) == 2 * [(2, 4, 32, 32)] + 4 * [(2, 4 * 4, 32, 8)]
+
+
 LEAVES = re.compile(r"\b(infeed|outfeed|send|recv)\(|python\w*callback")
 
 

@@ -67,7 +67,7 @@ def test_empty_places_take_no_part(rng):
     sizes = jnp.asarray([17, 1, 22], jnp.int32)
 
     def outcome(backend):
-        expert = lambda x, w, multiply, key: multiply(jnp.cos(x), w)  # noqa: E731
+        expert = lambda x, w, multiply, key, share: multiply(jnp.cos(x), w)  # noqa: E731
         run = lambda x, w: grouped.apply_experts(expert, x, w, sizes, backend=backend, block=8)  # noqa: E731
         out, vjp = jax.vjp(run, x, weights)
         return out, vjp(jnp.ones_like(out))
@@ -84,7 +84,7 @@ def test_products_are_of_tiles_and_not_of_every_expert_with_every_row():
     sizes = jax.ShapeDtypeStruct((experts,), jnp.int32)
 
     def run(x, w, dy, sizes):
-        expert = lambda x, w, multiply, key: multiply(x, w)  # noqa: E731
+        expert = lambda x, w, multiply, key, share: multiply(x, w)  # noqa: E731
         return jax.vjp(lambda x, w: grouped.apply_experts(expert, x, w, sizes, backend="tiles", block=64), x, w)[1](dy)
 
     found = jax.jit(run).lower(x, w, dy, sizes).compile().cost_analysis()
