@@ -104,21 +104,15 @@ def moe(
         logits_NE = logits_BTE.reshape(x_ND.shape[0], -1)
         experts_NK, share_NK = route(logits_NE, num_chosen)
         order_M, rank_M, sizes_E = keep(sort_by_expert(experts_NK, logits_NE.shape[-1]))
-        shard_key = _shard_key(key[0]) if key else None
-
-        def experts(x_BTD, share_M, weights):
-            x_MD = dispatch(x_BTD.reshape(-1, x_BTD.shape[-1]), order_M, rank_M)
-            return grouped.apply_experts(
-                expert, x_MD, weights, sizes_E, share_M, backend=backend, block=block, key=shard_key
-            )
-
-        if backend == "blocks":
-            share_M = permute(share_NK.reshape(-1), order_M, rank_M)
-            y_MD = experts(x_BTD, share_M, varying(weights))
+        run = functools.partial(
+            grouped.apply_experts, expert, dispatch(x_ND, order_M, rank_M), varying(weights), sizes_E,
+            backend=backend, block=block, key=_shard_key(key[0]) if key else None,
+        )  # fmt: skip
+        if backend == "blocks":  # in the expert, where the gradient of the shares needs no results
+            y_MD = run(share_M=permute(share_NK.reshape(-1), order_M, rank_M))
             out_ND = combine(y_MD, order_M, rank_M, num_chosen)
         else:
-            y_MD = experts(x_BTD, None, varying(weights))
-            y_NKD = permute(y_MD, rank_M, order_M).reshape(*experts_NK.shape, -1)
+            y_NKD = permute(run(), rank_M, order_M).reshape(*experts_NK.shape, -1)
             out_ND = jnp.einsum("nkd,nk->nd", y_NKD, share_NK.astype(y_NKD.dtype))
         probability_E = jax.nn.softmax(logits_NE, axis=-1).sum(axis=0)
         statistics = dict(assignments=sizes_E.astype(jnp.float32), probability=probability_E)
