@@ -19,10 +19,28 @@ from research.sharding import AXES, BATCH, HIDDEN, varying, whole
 
 def route(logits_NE: jax.Array, num_chosen: int) -> tuple[jax.Array, jax.Array]:
     """Each token's experts (int32 [N, K], best first) and their weights [N, K]: the softmax of the chosen logits."""
-    experts_NK = keep(jax.lax.top_k(jax.lax.stop_gradient(logits_NE), num_chosen)[1].astype(jnp.int32))
-    own_NKE = experts_NK[..., None] == jnp.arange(logits_NE.shape[-1])
-    chosen_NK = jnp.sum(jnp.where(own_NKE, logits_NE[:, None], 0), axis=-1)
+    chosen_NK, experts_NK = top_k(logits_NE, num_chosen)
     return experts_NK, jax.nn.softmax(chosen_NK, axis=-1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def top_k(logits_NE: jax.Array, num_chosen: int) -> tuple[jax.Array, jax.Array]:
+    """The largest logits [N, K] and where they were (int32), both kept: its gradient needs no more."""
+    return _top_k_forward(logits_NE, num_chosen)[0]
+
+
+def _top_k_forward(logits_NE, num_chosen):
+    chosen_NK, experts_NK = keep(jax.lax.top_k(logits_NE, num_chosen))
+    return (chosen_NK, experts_NK.astype(jnp.int32)), (logits_NE, experts_NK)
+
+
+def _top_k_backward(num_chosen, saved, gradients):
+    logits_NE, experts_NK = saved
+    own_NKE = experts_NK[..., None] == jnp.arange(logits_NE.shape[-1])
+    return (jnp.sum(jnp.where(own_NKE, gradients[0][..., None], 0), axis=1),)
+
+
+top_k.defvjp(_top_k_forward, _top_k_backward)
 
 
 def sort_by_expert(experts_NK: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
