@@ -6,7 +6,6 @@ they fuse, and one's arrays are in the cache for the next.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -131,13 +130,10 @@ def _experts(c: ModelConfig, hidden: jax.Array, d_hidden: jax.Array, draw: Calla
     E, F, M = c.num_experts, c.d_ff, B * T * c.experts_per_token
     backend = grouped.resolve_backend(c.moe, sharding.platform())
 
-    def idle(x: jax.Array, weights: Any, multiply: Any, key: Any, share: jax.Array | None) -> jax.Array:
-        return x if share is None else x * share[:, None].astype(x.dtype)
-
-    def route(x_BTD: jax.Array, scale_D: jax.Array, router_DE: jax.Array, *, backend: str) -> jax.Array:
+    def route(x_BTD: jax.Array, scale_D: jax.Array, router_DE: jax.Array) -> jax.Array:
         out, _ = moe.moe(
-            rms_norm(x_BTD, scale_D, c.norm_epsilon), router_DE, {}, idle,
-            num_chosen=c.experts_per_token, backend=backend, block=c.moe_block,
+            rms_norm(x_BTD, scale_D, c.norm_epsilon), router_DE, {}, lambda x, weights, multiply, key, share: x,
+            num_chosen=c.experts_per_token, backend="ragged", block=c.moe_block,
         )  # fmt: skip
         return out
 
@@ -166,13 +162,7 @@ def _experts(c: ModelConfig, hidden: jax.Array, d_hidden: jax.Array, draw: Calla
 
     routed = (d_hidden, hidden, draw(D, dtype=jnp.float32), draw(D, E, dtype=jnp.float32))
     return [
-        Part(
-            "router and dispatch",
-            c.num_layers,
-            with_gradients(functools.partial(route, backend=backend)),
-            routed,
-            counted=with_gradients(functools.partial(route, backend="ragged")),
-        ),  # fmt: skip
+        Part("router and dispatch", c.num_layers, with_gradients(route), routed),
         Part("experts", c.num_layers, run(backend), arguments, counted=run("ragged")),
     ]
 
