@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from research.dropout import multipliers
 from research.remat import keep
 from research.sharding import AXES, BATCH, TOKENS, platform, varying
 
@@ -190,12 +191,6 @@ def _scores(q, k, q_segments, k_segments, start):
     return jnp.where(allowed, scores * q.shape[-1] ** -0.5, MASKED)
 
 
-def _kept(key, piece, shape, dropout):
-    """Multipliers of the attention probabilities: 0 or 1 / (1 - dropout)."""
-    keep = jax.random.bernoulli(jax.random.fold_in(key, piece), 1 - dropout, shape)
-    return keep.astype(jnp.float32) / (1 - dropout)
-
-
 def _after(*arrays):
     """The arrays, the first when all are there: piece after piece, or a GPU's compiler holds the scores of several."""
     return arrays if platform() == "cpu" else jax.lax.optimization_barrier(arrays)
@@ -219,7 +214,7 @@ def _flash_forward(q, k, v, q_segments, k_segments, key, start, chunk, dropout):
         exps = jnp.exp(scores - largest)
         sums = exps.sum(axis=-1, keepdims=True)
         if dropout > 0:
-            exps = exps * _kept(key, piece, exps.shape, dropout)
+            exps = exps * multipliers(jax.random.fold_in(key, piece), dropout, exps.shape)
         mixed = jnp.einsum("...qs,...sk->...qk", exps.astype(v.dtype), v[..., :keys, :],
                            preferred_element_type=jnp.float32)  # fmt: skip
         outs.append((mixed / sums).astype(v.dtype))
@@ -240,7 +235,7 @@ def _flash_backward(chunk, dropout, saved, d_out):
         scores = _scores(q_piece, k_piece, _cut(q_segments, first, stop), _cut(k_segments, 0, keys), start + first)
         p = jnp.exp(scores - lse[..., first:stop, None])
         d_p = jnp.einsum("...qk,...sk->...qs", d_piece, v[..., :keys, :], preferred_element_type=jnp.float32)
-        kept = _kept(key, piece, p.shape, dropout) if dropout > 0 else 1.0
+        kept = multipliers(jax.random.fold_in(key, piece), dropout, p.shape) if dropout > 0 else 1.0
         d_scores = (p * (d_p * kept - delta[..., first:stop, None]) * q.shape[-1] ** -0.5).astype(q.dtype)
         dqs.append(jnp.einsum("...qs,...sk->...qk", d_scores, k_piece))
         dk = dk.at[..., :keys].add(jnp.einsum("...qs,...qk->...ks", d_scores, q_piece))

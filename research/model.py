@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from research import attention, grouped, moe, sharding
-from research.remat import KEPT_ONLY, keep
+from research.dropout import dropout, multipliers
+from research.remat import KEPT_ONLY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,14 +74,6 @@ def _rms_norm_backward(epsilon, saved, d_out):
 rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """x with a share `rate` of its entries set to 0 and the rest scaled up; the same draw on every mesh."""
-    if key is None or rate == 0:
-        return x
-    kept = keep(jax.random.bernoulli(key, 1 - rate, x.shape, out_sharding=jax.typeof(x).sharding))
-    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
-
-
 def make_expert(activation: str, dropout_rate: float) -> grouped.Expert:
     """down(drop(silu(up x))), or gated: down(drop(silu(gate x) * (up x))) (Shazeer 2020, arXiv:2002.05202)."""
 
@@ -93,8 +86,7 @@ def make_expert(activation: str, dropout_rate: float) -> grouped.Expert:
         else:
             hidden_MF = jax.nn.silu(hidden_MF)
         if key is not None:
-            kept = jax.random.bernoulli(key, 1 - dropout_rate, hidden_MF.shape)
-            hidden_MF = jnp.where(kept, hidden_MF / (1 - dropout_rate), 0).astype(hidden_MF.dtype)
+            hidden_MF = (hidden_MF * multipliers(key, dropout_rate, hidden_MF.shape)).astype(hidden_MF.dtype)
         if share_M is not None:
             hidden_MF = (hidden_MF * share_M[:, None]).astype(hidden_MF.dtype)
         return multiply(hidden_MF, weights["down"])

@@ -1,7 +1,9 @@
 """The largest batch that fits is the one that trying them all finds, with few programs compiled."""
 
+import ast
 import json
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -143,6 +145,29 @@ def test_a_compiled_program_is_kept_and_a_changed_one_compiled_again(tmp_path, h
     damaged = next((tmp_path / "memory").glob("*.json"))
     damaged.write_text("{")
     assert again.usage(config) == wanted and again.compiled == 1
+
+
+def imported(module: str) -> set[str]:
+    """The files of research/ (as SOURCES names them) that one of them imports."""
+    root = Path(programs.__file__).resolve().parents[1]
+    found = set()
+    for node in ast.walk(ast.parse((root / f"{module}.py").read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "research":
+            folder = node.module.split(".")[1:]
+            names = ["/".join([*folder, alias.name]) for alias in node.names] + ["/".join(folder)]
+            found |= {name for name in names if name and (root / f"{name}.py").exists()}
+    return found
+
+
+def test_every_file_that_a_program_is_traced_from_is_in_its_key():
+    """All that the programs' modules import, but for what only reads text, files and configs on the host."""
+    reached, ahead = set(), {"analysis/memory"}
+    while ahead:
+        module = ahead.pop()
+        reached.add(module)
+        ahead |= imported(module) - reached
+    host = {name for name in reached if name.startswith("data/")} | {"checkpoint", "config", "target"}
+    assert set(programs.SOURCES) == reached - host
 
 
 def test_evaluation_counts_the_optimizer_state_and_not_remat(tmp_path, here):
