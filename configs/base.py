@@ -29,7 +29,7 @@ def get_config(scale: str = "cpu") -> ConfigDict:
     config.seed = 42
     config.batch_size = 16  # sequences a step, over all devices and accumulation; -1: all that fit memory_budget
     config.seq_len = 512  # tokens a sequence
-    config.memory_budget = ""  # of one device, such as 24GiB; a larger step is refused. Empty: no limit
+    config.memory_budget = ""  # of one device (a CPU: of all), such as 24GiB; a larger step is refused. Empty: no limit
     config.model = _model()
     config.optimizer = _optimizer()
     config.train = _train()
@@ -156,7 +156,7 @@ def _eval() -> ConfigDict:
 def _mesh() -> ConfigDict:
     return ConfigDict(
         dict(
-            data=-1,  # devices over which rows are sharded; -1: what is left
+            data=-1,  # devices over which rows are sharded; -1: what is left (a CPU: the cores that divide the rows)
             expert=1,
             seq=1,  # devices over which positions are sharded
             fsdp=False,  # shard parameters and optimiser state as well

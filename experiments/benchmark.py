@@ -64,12 +64,16 @@ def main(argv: Sequence[str]) -> int:
         if arguments.child:
             print(json.dumps(measure_memory(arguments, configs)))
             return 0
+        if not arguments.steps:
+            from research import cores  # not in a child that is PyTorch's: it loads JAX
+
+            cores.as_devices()
         run = run_children if arguments.steps else time_all
         content = describe(argv, arguments) | run(arguments, configs, argv)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    from research.result import write_json
+    from research.files import write_json
 
     Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
     write_json(arguments.out, content)

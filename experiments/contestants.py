@@ -33,13 +33,13 @@ def build_ours(config: ConfigDict) -> tuple[Step, Facts]:
     """A step of research/, compiled, and what compilation took and needs."""
     import jax
 
-    from research import sharding, step
+    from research import cores, sharding, step
     from research.model import ModelConfig, MoETransformer
     from research.optimizer import make_optimizer, make_schedule
 
-    shape = sharding.mesh_shape(config.mesh, len(jax.devices()))
+    mesh = sharding.make_mesh(config.mesh, cores.devices_of(config))
+    shape = tuple(mesh.shape[axis] for axis in sharding.AXES)
     validate(config, shape, jax.default_backend())
-    mesh = sharding.make_mesh(config.mesh)
     model = MoETransformer(ModelConfig(**config.model, fsdp=config.mesh.fsdp))
     transform = make_optimizer(config.optimizer, num_steps(config))
     schedule = make_schedule(config.optimizer, config.optimizer.learning_rate, num_steps(config))
@@ -58,7 +58,7 @@ def build_ours(config: ConfigDict) -> tuple[Step, Facts]:
     def facts() -> dict[str, Any]:
         from research.result import compiled_bytes  # loads TensorBoard, and that PyTorch
 
-        return dict(compile_seconds=compile_seconds, compiled_bytes=compiled_bytes(compiled))
+        return dict(devices=mesh.size, compile_seconds=compile_seconds, compiled_bytes=compiled_bytes(compiled, mesh))
 
     return take, facts
 

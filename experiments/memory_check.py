@@ -16,8 +16,8 @@ from typing import Any
 
 from research import sizes
 from research.analysis import memory_report
-from research.analysis.study import write_text
 from research.config import ConfigError
+from research.files import write_text
 
 STEP = (sys.executable, "-m", "experiments.memory_step")
 

@@ -131,6 +131,9 @@ def make(arguments: argparse.Namespace) -> dict[str, Any]:
 
     devices = max(choice.get("mesh.data", 1) * choice.get("mesh.seq", 1) for choice in planned)
     target = targets.absent(arguments.topology) if arguments.topology else targets.at_hand(devices)
+    if target.platform == "cpu" and len(target.devices) == 1 and config.mesh.data == -1:
+        arguments.overrides.append("--config.mesh.data=1")  # a run would make devices of the cores
+        config = load_config(arguments.config, arguments.overrides)
     plan = memory_plan.make(
         config, target, arguments.budget, lengths, planned, law=arguments.law, parts=arguments.parts
     )

@@ -16,7 +16,7 @@ import optax
 from ml_collections import ConfigDict
 
 from experiments.contestants import seconds_of
-from research import attention, grouped, loss, moe, sharding
+from research import attention, cores, grouped, loss, moe, sharding
 from research.analysis import compute
 from research.config import num_steps
 from research.model import ModelConfig, MoETransformer, make_expert, rms_norm
@@ -35,14 +35,16 @@ class Part:
     counted: Callable | None = None
 
     def flops(self) -> int:
-        """Of its matrix products, as traced; all that a step spends on this part."""
+        """Of its matrix products, as traced on one device; all that a step spends on this part."""
         return self.times * compute.count(jax.jit(self.counted or self.run).trace(*self.arguments).jaxpr.jaxpr)
 
 
 def measure(config: ConfigDict, repeats: int) -> list[dict[str, Any]]:
-    """A row for each part: `seconds` of a step (median, p10, p90 of `repeats`) and `flops`, on the first device."""
+    """A row for each part, on the mesh of the step: `seconds` (median, p10, p90 of `repeats`) and `flops`."""
     rows = []
     with jax.set_mesh(sharding.make_mesh({"data": 1, "expert": 1, "seq": 1}, jax.devices()[:1])):
+        flops = {part.name: part.flops() for part in parts_of(config)}
+    with jax.set_mesh(sharding.make_mesh(config.mesh, cores.devices_of(config))):
         for part in parts_of(config):
             compiled = jax.jit(part.run).lower(*part.arguments).compile()
             jax.block_until_ready(compiled(*part.arguments))
@@ -51,7 +53,7 @@ def measure(config: ConfigDict, repeats: int) -> list[dict[str, Any]]:
                 for _ in range(repeats)
             ]
             p10, median, p90 = np.percentile(taken, (10, 50, 90)).tolist()
-            rows.append(dict(part=part.name, seconds=dict(p10=p10, median=median, p90=p90), flops=part.flops()))
+            rows.append(dict(part=part.name, seconds=dict(p10=p10, median=median, p90=p90), flops=flops[part.name]))
     return rows
 
 
@@ -65,7 +67,7 @@ def with_gradients(function: Callable) -> Callable:
 
 
 def parts_of(config: ConfigDict) -> list[Part]:
-    """The parts of a step of `config` on one device, on random arrays; call it under a mesh of one device.
+    """The parts of a step of `config`, on random arrays; call it under a mesh that divides its rows.
 
     Routing is random, so the experts' loads are even but for chance.
     """
@@ -90,7 +92,7 @@ def parts_of(config: ConfigDict) -> list[Part]:
 
 def _embedding(c: ModelConfig, tokens_BT: jax.Array, d_hidden: jax.Array, draw: Callable) -> Part:
     def look_up(table_VD: jax.Array) -> jax.Array:
-        return table_VD.at[tokens_BT].get(out_sharding=sharding.HIDDEN) * c.d_model**0.5
+        return sharding.gather(table_VD, c.dtype).at[tokens_BT].get(out_sharding=sharding.HIDDEN) * c.d_model**0.5
 
     return Part("embedding", 1, with_gradients(look_up), (d_hidden, draw(c.vocab_size, c.d_model)))
 
@@ -102,6 +104,7 @@ def _attention(c: ModelConfig, hidden: jax.Array, d_hidden: jax.Array, draw: Cal
     rotary = attention.rotary_tables(jnp.arange(T)[None], K, c.rope_base)
 
     def project(x_BTD: jax.Array, scale_D: jax.Array, qkv: jax.Array, out: jax.Array) -> jax.Array:
+        scale_D, qkv, out = (sharding.gather(w, w.dtype) for w in (scale_D, qkv, out))
         x_BTD = rms_norm(x_BTD, scale_D, c.norm_epsilon)
         q, k = (jnp.einsum("btd,dhk->bthk", x_BTD, attention.deinterleave(qkv[:, i])) for i in (0, 1))
         v = jnp.einsum("btd,dhk->bthk", x_BTD, qkv[:, 2])
@@ -131,6 +134,7 @@ def _experts(c: ModelConfig, hidden: jax.Array, d_hidden: jax.Array, draw: Calla
     backend = grouped.resolve_backend(c.moe, sharding.platform())
 
     def route(x_BTD: jax.Array, scale_D: jax.Array, router_DE: jax.Array) -> jax.Array:
+        scale_D, router_DE = (sharding.gather(w, w.dtype) for w in (scale_D, router_DE))
         out, _ = moe.moe(
             rms_norm(x_BTD, scale_D, c.norm_epsilon), router_DE, {}, lambda x, weights, multiply, key, share: x,
             num_chosen=c.experts_per_token, backend="ragged", block=c.moe_block,
@@ -149,8 +153,9 @@ def _experts(c: ModelConfig, hidden: jax.Array, d_hidden: jax.Array, draw: Calla
         run = jax.shard_map(local, in_specs=(rows, rows, whole, whole), out_specs=rows)
         return run(x_MD, share_M, weights, sizes_E)
 
-    sizes_E = jnp.full(E, M // E, jnp.int32)
-    sizes_E = sizes_E.at[0].add(M - M // E * E)
+    own = M // jax.sharding.get_abstract_mesh().size  # rows of a device
+    sizes_E = jnp.full(E, own // E, jnp.int32)
+    sizes_E = sizes_E.at[0].add(own - own // E * E)
     rows = sharding.P((*sharding.BATCH, "seq"))
     names = ("up", "gate") if c.activation == "swiglu" else ("up",)
     weights = {name: draw(E, D, F, scale=D**-0.5) for name in names} | {"down": draw(E, F, D, scale=F**-0.5)}
@@ -169,6 +174,7 @@ def _experts(c: ModelConfig, hidden: jax.Array, d_hidden: jax.Array, draw: Calla
 
 def _head(c: ModelConfig, hidden: jax.Array, tokens: jax.Array, draw: Callable) -> Part:
     def head(x_BTD: jax.Array, scale_D: jax.Array, table_VD: jax.Array) -> jax.Array:
+        scale_D, table_VD = (sharding.gather(w, w.dtype) for w in (scale_D, table_VD))
         return loss.cross_entropy_sums(rms_norm(x_BTD, scale_D, c.norm_epsilon), table_VD, tokens, c.loss_chunk)[0]
 
     scale, table = draw(c.d_model, dtype=jnp.float32), draw(c.vocab_size, c.d_model, scale=0.02)

@@ -28,6 +28,7 @@ from experiments import waterfall_plan as plans
 from experiments.ablation import Interrupted, run_child
 from experiments.flags import load_config
 from experiments.waterfall_plan import STAGES, Losses, Plan, Run
+from research import files
 from research.analysis import waterfall, waterfall_report
 from research.config import ConfigError
 
@@ -129,7 +130,7 @@ def read_state(workdir: Path) -> dict[str, Any]:
 
 def write_state(workdir: Path, state: Mapping[str, Any]) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
-    waterfall.write_json(workdir / STATE, state)
+    files.write_json(workdir / STATE, state)
 
 
 def losses_of(plan: Plan) -> Losses:

@@ -17,6 +17,8 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from tensorboardX import SummaryWriter
 
+from research import cores
+
 POSITION = ("step", "tokens", "flops", "train_seconds")  # in every row
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -174,8 +176,7 @@ def device_name() -> str:
     """Such as 'AMD EPYC (2 cores)' or 'NVIDIA H200'."""
     if jax.default_backend() != "cpu":
         return jax.devices()[0].device_kind
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{_processor()} ({cores} cores)"
+    return f"{_processor()} ({cores.count()} cores)"
 
 
 def _processor() -> str:

@@ -1,12 +1,16 @@
-"""config.batch_size=-1: as many rows as fit config.memory_budget, from compiled programs (analysis/frontier.py)."""
+"""config.batch_size=-1: as many rows as fit config.memory_budget, from compiled programs (analysis/frontier.py).
 
+The budget is of one device; of a CPU, whose devices share one memory, it is of all of them.
+"""
+
+import dataclasses
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from research import sizes, target
-from research.analysis import frontier
+from research import cores, sizes, target
+from research.analysis import frontier, memory
 from research.analysis.programs import Programs
 from research.config import ConfigError
 
@@ -27,19 +31,24 @@ def planned(config: Any, workdir: str | None = None) -> Any:
     begun = _begun(config, workdir)
     if config.batch_size == -1 and begun is not None:
         return frontier.with_fields(config, dict(batch_size=begun)).lock()
-    programs = Programs(target.at_hand(), lambda text: print(f"compiling {text}", file=sys.stderr, flush=True))
+    devices = tuple(cores.devices_of(config))
+    here = dataclasses.replace(target.at_hand(), devices=devices)
+    sharing = cores.sharing_memory(memory.mesh_of(config, here))
+    programs = Programs(here, lambda text: print(f"compiling {text}", file=sys.stderr, flush=True))
     if config.batch_size != -1:
-        needed = programs.usage(config).total
+        needed = programs.usage(config).total * sharing
         if needed > budget:
             message = f"a step needs {sizes.show(needed)}, more than config.memory_budget={config.memory_budget}"
             raise ConfigError("config.batch_size", config.batch_size, f"{message}; lower it, or plan it by -1")
         return config
-    cell = frontier.plan(config, budget, programs)
+    cell = frontier.plan(config, budget // sharing, programs)
     if not cell.batch:
-        raise frontier.too_small("config.memory_budget", config.memory_budget, [cell])
+        raise frontier.too_small("config.memory_budget", config.memory_budget, [cell], sharing)
+    where = f"on {sharing} cores" if sharing > 1 else "a device"
     print(
-        f"batch size {cell.batch}: a step of {cell.batch} x {cell.seq_len} needs {sizes.show(cell.train.total)} of"
-        f" {config.memory_budget} a device; {cell.batch + cell.unit} would need {sizes.show(cell.next_bytes)}",
+        f"batch size {cell.batch}: a step of {cell.batch} x {cell.seq_len} needs"
+        f" {sizes.show(cell.train.total * sharing)} of {config.memory_budget} {where};"
+        f" {cell.batch + cell.unit} would need {sizes.show(cell.next_bytes * sharing)}",
         file=sys.stderr,
     )
     return frontier.with_fields(config, dict(batch_size=cell.batch)).lock()

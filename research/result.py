@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import io
 import json
 import math
 import os
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from research import flops, metrics, process
+from research import cores, files, flops, metrics, process
 from research.data import stream, synthetic, tokens
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def finish(this: "Run", scores: dict[str, Scores], compiled_step: Any) -> dict[s
     content = _content(this, scores, compiled_step)
     if jax.process_index() == 0:
         _write_losses(this, scores)
-        write_json(os.path.join(this.workdir, "result.json"), content)
+        files.write_json(os.path.join(this.workdir, "result.json"), content)
     return content
 
 
@@ -100,7 +101,7 @@ def _content(this: "Run", scores: dict[str, Scores], compiled_step: Any) -> dict
         ),
         mfu=None if peak is None else flops.mfu(speed / this.mesh.size, this.flops_per_token, peak),
         memory_bytes=dict(
-            compiled_step=compiled_bytes(compiled_step),
+            compiled_step=compiled_bytes(compiled_step, this.mesh),
             process_peak=process.peak_bytes(),
             device_peak=metrics.device_peak_bytes(),
         ),
@@ -116,15 +117,17 @@ def _content(this: "Run", scores: dict[str, Scores], compiled_step: Any) -> dict
     )
 
 
-def compiled_bytes(compiled: Any) -> int | None:
+def compiled_bytes(compiled: Any, mesh: jax.sharding.Mesh) -> int | None:
     """Bytes a device needs for a compiled program: arguments + outputs - aliased + temporaries.
 
-    None where the backend does not say. (On CPU its field named peak leaves the temporaries out.)
+    Of a CPU's devices, which share one memory, it is what all of them need. None where the backend does not say. (On
+    CPU its field named peak leaves the temporaries out.)
     """
     m = compiled.memory_analysis()
     if m is None:
         return None
-    return int(m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes)
+    bytes_ = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+    return int(bytes_) * cores.sharing_memory(mesh)
 
 
 def _write_losses(this: "Run", scores: dict[str, Scores]) -> None:
@@ -141,9 +144,9 @@ def _write_losses(this: "Run", scores: dict[str, Scores]) -> None:
         arrays["own_loss"] = scores["own"].nll.reshape(documents_WT.shape)
         arrays |= dict(own_document=documents_WT, own_place=places_WT)
     path = os.path.join(this.workdir, "heldout_losses.npz")
-    with open(f"{path}.new", "wb") as file:
-        np.savez_compressed(file, **arrays)
-    os.replace(f"{path}.new", path)
+    with io.BytesIO() as content:
+        np.savez_compressed(content, **arrays)
+        files.write_bytes(path, content.getvalue())
 
 
 def read(workdir: str) -> dict[str, Any] | None:
@@ -159,11 +162,3 @@ def read_rows(workdir: str) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl."""
     with open(os.path.join(workdir, "metrics.jsonl")) as file:
         return [json.loads(line) for line in file]
-
-
-def write_json(path: str, content: Any) -> None:
-    """Whole or not at all."""
-    with open(f"{path}.new", "w") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-    os.replace(f"{path}.new", path)

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from research import checkpoint, evaluate, flops, metrics, planner, result, sharding, step
+from research import checkpoint, cores, evaluate, files, flops, metrics, planner, result, sharding, step
 from research.config import num_steps, validate
 from research.data import stream, tokens
 from research.model import ModelConfig, MoETransformer
@@ -58,7 +58,7 @@ def prepare(config: Any) -> tuple[tokens.Corpus, dict[str, evaluate.Suite]]:
 
     Raises: ConfigError for every mistake in the config that a run would stop at.
     """
-    mesh_shape = sharding.mesh_shape(config.mesh, len(jax.devices()))
+    mesh_shape = sharding.mesh_shape(config.mesh, len(cores.devices_of(config)))
     validate(config, mesh_shape, jax.default_backend())
     corpus = tokens.open_corpus(config)
     stream.check(corpus, config, num_steps(config) * config.batch_size * config.seq_len)
@@ -86,13 +86,13 @@ def _run(config, workdir, corpus, suites, clocks) -> dict[str, Any]:
             print(f"{workdir}: finished before, at step {finished['steps']}", file=sys.stderr)
             return finished
         _keep_compiled(config)
-        result.write_json(os.path.join(workdir, "environment.json"), metrics.environment())
-        result.write_json(os.path.join(workdir, "data_manifest.json"), corpus.manifest)
+        files.write_json(os.path.join(workdir, "environment.json"), metrics.environment())
+        files.write_json(os.path.join(workdir, "data_manifest.json"), corpus.manifest)
         this = Run(
             config=config,
             workdir=workdir,
             corpus=corpus,
-            mesh=sharding.make_mesh(config.mesh),
+            mesh=sharding.make_mesh(config.mesh, cores.devices_of(config)),
             model=MoETransformer(ModelConfig(**config.model, fsdp=config.mesh.fsdp)),
             num_steps=num_steps(config),
             flops_per_token=flops.train_flops_per_token(config.model, config.seq_len),
@@ -124,13 +124,12 @@ def _train(this: Run) -> dict[str, Any]:
         with this.clocks.measure("compile"):
             batch = _next_batch(this, cursor)
             compiled_step = step.make_train_step(this.model, optimizer, schedule).lower(state, batch).compile()
-            compiled_eval = evaluate.compile_suites(this.model, state.params, this.suites, this.mesh)
         with (
             metrics.MetricsWriter(this.workdir, int(state.step)) as writer,
             metrics.Progress(this.num_steps, int(state.step), config.strategy) as progress,
         ):
             try:
-                scores = _loop(this, state, cursor, compiled_step, compiled_eval, manager, writer, progress)
+                scores = _loop(this, state, cursor, compiled_step, manager, writer, progress)
             except DivergedError as error:
                 manager.wait_until_finished()
                 raise DivergedError(f"{error}; the last checkpoint is of step {manager.latest_step()}") from None
@@ -159,9 +158,9 @@ def _next_batch(this: Run, cursor: int) -> dict[str, jax.Array]:
     return sharding.put_batch({k: x.reshape(parts, -1, x.shape[-1]) for k, x in batch.items()}, this.mesh)
 
 
-def _loop(this, state, cursor, compiled_step, compiled_eval, manager, writer, progress):
+def _loop(this, state, cursor, compiled_step, manager, writer, progress):
     """All steps that are left. Metrics are fetched a step late, so that the device never waits for the host."""
-    train = this.config.train
+    train, compiled_eval = this.config.train, {}
     now, scores, pending = int(state.step), None, None
     if now and _due(now, train.eval_every) and not _evaluated(this, now):  # a signal cut it short
         scores = _evaluate(this, state.params, compiled_eval, now, cursor, writer)
@@ -260,6 +259,9 @@ def _evaluate(this, params, compiled, now, cursor, writer) -> dict[str, result.S
     """
     last, scores = now == this.num_steps, {}
     suites = {name: suite for name, suite in this.suites.items() if last or not suite.beyond}
+    with this.clocks.measure("compile"):  # when it is first wanted, not before the first step
+        new = {name: suite for name, suite in suites.items() if name not in compiled}
+        compiled |= evaluate.compile_suites(this.model, params, new, this.mesh)
     with this.clocks.measure("eval"):
         for name, suite in suites.items():
             found = evaluate.score(compiled[name], params, suite, this.mesh, lambda: bool(this.signals))

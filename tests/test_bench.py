@@ -10,7 +10,7 @@ import pytest
 
 from experiments import parts
 from experiments.flags import load_config
-from research import sharding
+from research import cores, sharding
 
 STRATEGIES = ("large_batch", "balanced", "long_seq")
 PARTS = ("embedding", "projections of attention", "attention", "router and dispatch", "experts", "head and loss",
@@ -22,9 +22,8 @@ PARTS = ("embedding", "projections of attention", "attention", "router and dispa
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_part(benchmark, strategy, name):
     config = load_config(f"configs/{strategy}.py:cpu")
-    with jax.set_mesh(sharding.make_mesh({"data": 1, "expert": 1, "seq": 1}, jax.devices()[:1])):
+    with jax.set_mesh(sharding.make_mesh(config.mesh, cores.devices_of(config))):
         (part,) = (part for part in parts.parts_of(config) if part.name == name)
         compiled = jax.jit(part.run).lower(*part.arguments).compile()
         jax.block_until_ready(compiled(*part.arguments))
         benchmark.pedantic(lambda: jax.block_until_ready(compiled(*part.arguments)), rounds=10)
-        benchmark.extra_info["flops"] = part.flops() // part.times

@@ -122,8 +122,8 @@ def plan(
     if evaluation > budget:
         raise ConfigError(
             "config.eval.batch_tokens", config.eval.batch_tokens,
-            f"evaluation alone needs {sizes.show(evaluation)} of {sizes.show(budget)} at length {config.seq_len};"
-            " lower it",
+            f"evaluation alone needs {sizes.show(evaluation)} of {sizes.show(budget)} a device at length"
+            f" {config.seq_len}; lower it",
         )  # fmt: skip
     try:
         found = largest(measure, budget, max(2, tokens // config.seq_len // unit), sum(state.values()))
@@ -146,12 +146,12 @@ def with_fields(config: Any, fields: dict[str, Any]) -> ConfigDict:
     return changed
 
 
-def too_small(field: str, budget: str, cells: Iterable[Cell]) -> ConfigError:
-    """The error of a budget that holds no step, with the least that would."""
+def too_small(field: str, budget: str, cells: Iterable[Cell], sharing: int = 1) -> ConfigError:
+    """The error of a budget, of `sharing` devices, that holds no step, with the least that would."""
     least = min(cells, key=lambda cell: cell.next_bytes)
-    state = sum(least.state.values())
+    state, needed = sharing * sum(least.state.values()), sharing * least.next_bytes
     return ConfigError(
         field, budget,
-        f"too small for a step: {least.unit} x {least.seq_len} needs {sizes.show(least.next_bytes)}, of which"
+        f"too small for a step: {least.unit} x {least.seq_len} needs {sizes.show(needed)}, of which"
         f" {sizes.show(state)} are parameters and optimiser state",
     )  # fmt: skip

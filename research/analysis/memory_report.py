@@ -15,8 +15,8 @@ from research.analysis import memory_figures
 from research.analysis.original import ORIGINAL
 from research.analysis.page import VERDICTS
 from research.analysis.parts import PARTS
-from research.analysis.study import write_text
 from research.config import ConfigError
+from research.files import write_text
 
 UNTESTED = VERDICTS[-1]
 OFF = 0.1  # relative error of a prediction that is named

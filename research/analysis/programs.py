@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from research.analysis import memory
-from research.analysis.study import write_text
 from research.data.tokens import cache_root
+from research.files import write_text
 from research.target import Target
 
 KINDS = {"train": memory.train_usage, "eval": memory.eval_usage}

@@ -14,8 +14,8 @@ from markupsafe import Markup
 
 from research.analysis import markup
 from research.analysis.page import VERDICTS, Picture, Table, Verdict
-from research.analysis.study import write_text
 from research.analysis.style import styles_of
+from research.files import write_text
 
 MARKS = dict(zip(VERDICTS, "✓◐✕○", strict=True))
 _TEMPLATES = Path(__file__).parent / "templates"

@@ -10,8 +10,8 @@ from matplotlib.ticker import EngFormatter
 
 from research.analysis.memory_report import markdown
 from research.analysis.scale import MACHINES, best
-from research.analysis.study import write_text
 from research.config import ConfigError
+from research.files import write_text
 
 _amount = EngFormatter(unit="B", places=0)
 

@@ -10,7 +10,6 @@ import dataclasses
 import io
 import json
 import os
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from research import files
 from research.analysis import context
 from research.config import ConfigError
 
@@ -199,11 +199,11 @@ def save(runs: Sequence[Run], folder: Path) -> None:
         {**dataclasses.asdict(r.key), "status": r.status, "result": r.result, "config": r.config, "curve": r.curve}
         for r in runs
     ]
-    write_text(folder / "results.json", json.dumps({"runs": table}, indent=1, allow_nan=False) + "\n")
+    files.write_json(folder / "results.json", {"runs": table})
     content = _arrays_npz(runs, np.float32)
     if len(content) > LOSSES_LIMIT:
         content = _arrays_npz(runs, np.float16)
-    write_bytes(folder / "heldout_losses.npz", content)
+    files.write_bytes(folder / "heldout_losses.npz", content)
 
 
 def _arrays_npz(runs: Sequence[Run], dtype: type) -> bytes:
@@ -263,17 +263,6 @@ def same_targets(a: Run, b: Run) -> bool:
     return all(
         np.array_equal(a.arrays[name], b.arrays[name]) for name in TARGETS if name in a.arrays or name in b.arrays
     )
-
-
-def write_text(path: Path, text: str) -> None:
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file whole: under a temporary name in its folder, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

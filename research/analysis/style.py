@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from research.analysis.study import write_bytes
+from research.files import write_bytes
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; (colour, marker, line) of a
 # strategy.

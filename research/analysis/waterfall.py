@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from research import files
 from research.analysis import original, statistics, waterfall_report
 from research.config import ConfigError
 
@@ -69,7 +70,7 @@ def gather(workdir: Path, study: Mapping[str, Any], state: Mapping[str, Any], fo
     with open(folder / ".heldout_losses", "wb") as file:
         np.savez_compressed(file, **arrays)
     os.replace(folder / ".heldout_losses", folder / "heldout_losses.npz")
-    write_json(folder / "results.json", {"study": study, "runs": runs})
+    files.write_json(folder / "results.json", {"study": study, "runs": runs})
 
 
 def _read_run(folder: Path, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,7 +107,7 @@ def write(folder: Path) -> dict[str, Any]:
     except Exception as error:  # numpy, zipfile and zlib each raise their own
         raise ConfigError("--workdir", str(folder), f"heldout_losses.npz cannot be read ({error})") from None
     results["analysis"] = {"waterfall": analyse(results["study"], results["runs"], losses)}
-    write_json(folder / "results.json", results)
+    files.write_json(folder / "results.json", results)
     waterfall_report.write(results, folder)
     return results
 
@@ -261,13 +262,6 @@ def _rates(grid: Mapping[str, float], runs: Mapping[str, Any], shortest: int) ->
     best = min(known, key=known.__getitem__) if known else None
     settled = [entry["rate"] for entry in tried if entry["status"] in (FINISHED, DIVERGED)]
     return {"tried": tried, "best": best, "inside": best is not None and min(settled) < best < max(settled)}
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Whole or not at all."""
-    beside = path.with_name(f".{path.name}")
-    beside.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    os.replace(beside, path)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
