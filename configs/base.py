@@ -62,8 +62,9 @@ def _model() -> ConfigDict:
             router_noise=0.1,  # standard deviation added to the router's logits in training
             balance_weight=0.01,
             dtype="float32",  # of the computation; parameters are float32 always
+            unroll=1,  # layers a turn of the loop over layers; num_layers: no loop
             remat="none",  # none | block (recompute each block in the backward pass) | full (and each half of it)
-            attention="auto",  # auto | xla | chunked | cudnn
+            attention="auto",  # auto | xla | chunked | flash | cudnn
             attention_chunk=128,  # queries at a time (chunked)
             moe="auto",  # auto | blocks | tiles | ragged
             moe_block=256,  # token rows a matmul (blocks), at most (tiles)

@@ -8,34 +8,85 @@ from rich.console import Console
 from rich.table import Table
 
 TIMED = ("tokens/s", "GFLOP/s", "of the matmul", "over ours", "a token's cost", "its FLOPs")
+MEMORY = ("peak memory", "compiled step")
+
+
+def console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 190)
 
 
 def show(content: dict[str, Any]) -> None:
-    """The rows as a table on the screen."""
-    timed = "machine" in content
+    """The rows as a table on the screen, and what else was measured."""
+    out = console()
+    out.print(rows_table(content))
+    for row in content["rows"]:
+        if "failed" in row:
+            out.print(f"{row['strategy']} {row['implementation']} failed: {row['failed']}", markup=False)
+    for name, speed in content.get("machine", {}).items():
+        out.print(f"{name}: {speed['median'] / 1e9:,.1f} G/s, best {speed['best'] / 1e9:,.1f}")
+    if "parts" in content:
+        out.print(parts_table(content))
+    for name, found in content.get("trace", {}).items():
+        for table in trace_tables(name, found):
+            out.print(table)
+
+
+def rows_table(content: dict[str, Any]) -> Table:
+    """A line for each row; model FLOPs utilisation and memory of the device where there are any."""
+    timed, rows = "machine" in content, content["rows"]
     table = Table(title=f"{content['scale']}, {content['environment']['device']}, {content['date']}")
-    numbers = TIMED if timed else ("peak memory", "compiled step")
+    numbers = list(TIMED if timed else MEMORY)
+    if timed and any(row.get("mfu") for row in rows):
+        numbers.insert(3, "MFU")
+    if content["environment"].get("platform") == "gpu":
+        numbers.append("device memory")
     for name in ("strategy", "B x T", "implementation"):
         table.add_column(name)
     for name in ("s a step", *numbers):
         table.add_column(name, justify="right", no_wrap=True)
-    for row in content["rows"]:
+    for row in rows:
+        cells = {"s a step": "failed"} if "failed" in row else timed_cells(row) if timed else memory_cells(row)
+        cells["device memory"] = device_memory(row)
         shape = f"{row['batch_size']} x {row['seq_len']}"
-        cells = timed_cells(row) if timed else memory_cells(row)
-        table.add_row(row["strategy"], shape, row["implementation"], *cells)
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(table)
-    if timed:
-        for name, speed in content["machine"].items():
-            console.print(f"{name}: {speed['median'] / 1e9:.1f} G/s, best {speed['best'] / 1e9:.1f}")
-    if "parts" in content:
-        console.print(parts_table(content))
+        found = (cells.get(name, "") for name in ("s a step", *numbers))
+        table.add_row(row["strategy"], shape, row["implementation"], *found)
+    return table
+
+
+def trace_tables(name: str, found: dict[str, Any] | None) -> list[Table | str]:
+    """Where the time of a traced step went, by part of the model and by kernel: `trace.read` of it."""
+    if found is None:
+        return [f"{name}: the trace holds nothing that a device ran"]
+    of = "on the device" if found["device"] == "gpu" else "of all cores together"
+    parts = Table(title=f"{name}: where the time goes, ms a step {of}")
+    parts.add_column("part")
+    for title in ("forward", "backward", "both", "share", "kernels"):
+        parts.add_column(title, justify="right")
+    total = sum(p["forward_ms"] + p["backward_ms"] for p in found["parts"])
+    for p in found["parts"]:
+        both = p["forward_ms"] + p["backward_ms"]
+        numbers = f"{p['forward_ms']:.2f}", f"{p['backward_ms']:.2f}", f"{both:.2f}", f"{both / total:.0%}"
+        parts.add_row(p["part"], *numbers, f"{p['kernels']:,.0f}")
+    parts.add_row("sum", "", "", f"{total:.2f}", "", f"{found['kernels']:,.0f}")
+    if found["idle_ms"] is not None:
+        parts.add_row("the device waits", "", "", f"{found['idle_ms']:.2f}", "", "")
+    longest = Table(title=f"{name}: the longest kernels, ms a step")
+    for title in ("kernel", "part"):
+        longest.add_column(title, no_wrap=True, max_width=50)
+    for title in ("ms", "times"):
+        longest.add_column(title, justify="right")
+    longest.add_column("what it is of", no_wrap=True)
+    for kernel in found["longest"]:
+        numbers = f"{kernel['ms']:.2f}", f"{kernel['kernels']:,.0f}"
+        longest.add_row(kernel["name"], kernel["part"], *numbers, kernel["scope"][-70:])
+    return [parts, longest]
 
 
 def parts_table(content: dict[str, Any]) -> Table:
     """Milliseconds of each part a step, and what share of the matmul peak its products reach; then the whole step."""
     peak = max(speed["best"] for name, speed in content["machine"].items() if name.startswith("matmul"))
-    whole = {row["strategy"]: row for row in content["rows"] if row["implementation"] == "ours"}
+    ours = [row for row in content["rows"] if row["implementation"] == "ours" and "failed" not in row]
+    whole = {row["strategy"]: row for row in ours}
     table = Table(title="parts of a step, each compiled alone: ms, and share of the matmul peak")
     table.add_column("part")
     for name in content["parts"]:
@@ -49,34 +100,40 @@ def parts_table(content: dict[str, Any]) -> Table:
     table.add_row("sum", *(f"{1e3 * seconds:.1f}      " for seconds in sums), end_section=False)
     if whole:
         cells = [
-            f"{1e3 * whole[n]['seconds']['median']:.1f}  {whole[n]['matmul_share']:4.0%}" for n in content["parts"]
+            f"{1e3 * whole[n]['seconds']['median']:.1f}  {whole[n]['matmul_share']:4.0%}" if n in whole else "failed"
+            for n in content["parts"]
         ]
         table.add_row("the step itself", *cells)
     return table
 
 
-def timed_cells(row: dict[str, Any]) -> list[str]:
-    ratio = row.get("over_ours")
-    return [
-        with_spread(row["seconds"]),
-        f"{row['tokens_per_second']:,.0f}",
-        f"{row['flops_per_second'] / 1e9:,.1f}",
-        f"{row['matmul_share']:.0%}",
-        with_spread(ratio) if ratio else "",
-        f"{row['cost_per_token']:.2f}",
-        f"{row['flops_per_token_ratio']:.2f}",
-    ]
+def timed_cells(row: dict[str, Any]) -> dict[str, str]:
+    ratio, cost, mfu = row.get("over_ours"), row["cost_per_token"], row.get("mfu")
+    return {
+        "s a step": with_spread(row["seconds"]),
+        "tokens/s": f"{row['tokens_per_second']:,.0f}",
+        "GFLOP/s": f"{row['flops_per_second'] / 1e9:,.1f}",
+        "of the matmul": f"{row['matmul_share']:.0%}",
+        "MFU": f"{mfu:.1%}" if mfu else "",
+        "over ours": with_spread(ratio) if ratio else "",
+        "a token's cost": f"{cost:.2f}" if cost else "",
+        "its FLOPs": f"{row['flops_per_token_ratio']:.2f}",
+    }
 
 
-def memory_cells(row: dict[str, Any]) -> list[str]:
-    if "failed" in row:
-        return ["", row["failed"], ""]
+def memory_cells(row: dict[str, Any]) -> dict[str, str]:
     compiled = row.get("compiled_bytes")
-    return [
-        f"{float(np.median(row['all_seconds'])):.2f}",
-        f"{row['peak_bytes'] / 1e9:.2f} GB",
-        f"{compiled / 1e9:.2f} GB" if compiled else "",
-    ]
+    return {
+        "s a step": f"{float(np.median(row['all_seconds'])):.2f}",
+        "peak memory": f"{row['peak_bytes'] / 1e9:.2f} GB",
+        "compiled step": f"{compiled / 1e9:.2f} GB" if compiled else "",
+    }
+
+
+def device_memory(row: dict[str, Any]) -> str:
+    """The allocator's peak, or where others used the same allocator, what the compiler planned."""
+    held = row.get("device_peak_bytes") or row.get("compiled_bytes")
+    return f"{held / 1e9:.2f} GB" if held else ""
 
 
 def with_spread(values: dict[str, float]) -> str:

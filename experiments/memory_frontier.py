@@ -63,7 +63,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--lengths", default="", help="tokens a row, such as 256,1024,4096; the config's own if not given"
     )
     parser.add_argument("--remat", default="none,block,full")
-    parser.add_argument("--attention", default="", help="of auto,xla,chunked,cudnn; the config's own if not given")
+    parser.add_argument(
+        "--attention", default="", help="of auto,xla,chunked,flash,cudnn; the config's own if not given"
+    )
     parser.add_argument("--dtype", default="")
     parser.add_argument("--accumulation", default="")
     parser.add_argument("--mesh", default="", help="data x seq, such as 1x1,8x1,2x4; the config's own if not given")

@@ -104,7 +104,7 @@ def _attention(c: ModelConfig, hidden: jax.Array, d_hidden: jax.Array, draw: Cal
     rotary = attention.rotary_tables(jnp.arange(T)[None], K, c.rope_base)
 
     def project(x_BTD: jax.Array, scale_D: jax.Array, qkv: jax.Array, out: jax.Array) -> jax.Array:
-        scale_D, qkv, out = (sharding.gather(w, w.dtype) for w in (scale_D, qkv, out))
+        qkv, out = (sharding.gather(w, w.dtype) for w in (qkv, out))
         x_BTD = rms_norm(x_BTD, scale_D, c.norm_epsilon)
         q, k = (jnp.einsum("btd,dhk->bthk", x_BTD, attention.deinterleave(qkv[:, i])) for i in (0, 1))
         v = jnp.einsum("btd,dhk->bthk", x_BTD, qkv[:, 2])
@@ -134,7 +134,7 @@ def _experts(c: ModelConfig, hidden: jax.Array, d_hidden: jax.Array, draw: Calla
     backend = grouped.resolve_backend(c.moe, sharding.platform())
 
     def route(x_BTD: jax.Array, scale_D: jax.Array, router_DE: jax.Array) -> jax.Array:
-        scale_D, router_DE = (sharding.gather(w, w.dtype) for w in (scale_D, router_DE))
+        router_DE = sharding.gather(router_DE, router_DE.dtype)
         out, _ = moe.moe(
             rms_norm(x_BTD, scale_D, c.norm_epsilon), router_DE, {}, lambda x, weights, multiply, key, share: x,
             num_chosen=c.experts_per_token, backend="ragged", block=c.moe_block,
@@ -149,8 +149,11 @@ def _experts(c: ModelConfig, hidden: jax.Array, d_hidden: jax.Array, draw: Calla
             return grouped.apply_experts(expert, x, sharding.varying(w), sharding.varying(sizes), share,
                                          backend=backend, block=c.moe_block)  # fmt: skip
 
-        rows, whole = sharding.P((*sharding.BATCH, "seq")), sharding.P()
-        run = jax.shard_map(local, in_specs=(rows, rows, whole, whole), out_specs=rows)
+        rows, weights = (
+            sharding.P((*sharding.BATCH, "seq")),
+            jax.tree.map(lambda w: sharding.gather(w, w.dtype), weights),
+        )
+        run = jax.shard_map(local, in_specs=(rows, rows, sharding.whole(), sharding.P()), out_specs=rows)
         return run(x_MD, share_M, weights, sizes_E)
 
     own = M // jax.sharding.get_abstract_mesh().size  # rows of a device
@@ -174,7 +177,7 @@ def _experts(c: ModelConfig, hidden: jax.Array, d_hidden: jax.Array, draw: Calla
 
 def _head(c: ModelConfig, hidden: jax.Array, tokens: jax.Array, draw: Callable) -> Part:
     def head(x_BTD: jax.Array, scale_D: jax.Array, table_VD: jax.Array) -> jax.Array:
-        scale_D, table_VD = (sharding.gather(w, w.dtype) for w in (scale_D, table_VD))
+        table_VD = sharding.gather(table_VD, table_VD.dtype)
         return loss.cross_entropy_sums(rms_norm(x_BTD, scale_D, c.norm_epsilon), table_VD, tokens, c.loss_chunk)[0]
 
     scale, table = draw(c.d_model, dtype=jnp.float32), draw(c.vocab_size, c.d_model, scale=0.02)
@@ -185,7 +188,8 @@ def _optimizer(config: ConfigDict) -> Part:
     """Clipping, Muon and AdamW, on gradients of the parameters' scale."""
     transform = make_optimizer(config.optimizer, num_steps(config))
     model = MoETransformer(ModelConfig(**config.model))
-    tokens = jnp.zeros((1, 1), jnp.int32, out_sharding=sharding.TOKENS)
+    mesh = jax.sharding.get_abstract_mesh()
+    tokens = jnp.zeros((mesh.shape["data"], mesh.shape["seq"]), jnp.int32, out_sharding=sharding.TOKENS)
     params = jax.jit(lambda: model.init(jax.random.key(config.seed), tokens)["params"])()
     state = jax.jit(transform.init)(params)
 

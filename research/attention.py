@@ -1,7 +1,8 @@
 """Causal attention behind one function, and rotary position embeddings.
 
 Backends: `xla` materialises the [B, H, T, T] scores; `chunked` never keeps them (queries a chunk at a time, recomputed
-in the backward pass as in FlashAttention, Dao et al. 2022, arXiv:2205.14135); `cudnn` is NVIDIA's fused kernel.
+in the backward pass as in FlashAttention, Dao et al. 2022, arXiv:2205.14135); `flash` are our kernels for a GPU
+(flash.py), where they never leave the chip; `cudnn` is NVIDIA's, quicker, without masks and dropout.
 Letters: B batch, T queries, S keys, H heads, K head width, R rows = B * H.
 """
 
@@ -11,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from research.dropout import multipliers
+from research import flash
+from research.dropout import multipliers, words
 from research.remat import keep
 from research.sharding import AXES, BATCH, TOKENS, platform, varying
 
@@ -49,8 +51,9 @@ def resolve_backend(
     """`auto` to the best backend that can do what is asked on this platform ('cpu', 'gpu', 'tpu')."""
     if backend != "auto":
         return backend
-    asked = platform == "gpu" and dropout == 0 and not masked and seq == 1
-    return "cudnn" if asked and dtype == "bfloat16" and head_dim % 8 == 0 and head_dim <= 128 else "chunked"
+    if platform != "gpu" or dtype != "bfloat16" or head_dim > 128:
+        return "chunked"
+    return "cudnn" if dropout == 0 and not masked and seq == 1 and head_dim % 8 == 0 else "flash"
 
 
 def attend(
@@ -73,11 +76,13 @@ def attend(
         return _attend_xla(q_BTHK, k_BTHK, v_BTHK, segments_BT, dropout, key)
     if backend == "chunked":
         return _attend_chunked(q_BTHK, k_BTHK, v_BTHK, segments_BT, dropout, key, chunk)
+    if backend == "flash":
+        return _attend_flash(q_BTHK, k_BTHK, v_BTHK, segments_BT, dropout, key)
     if backend == "cudnn":
         if segments_BT is not None or dropout > 0:
-            raise ValueError("attention backend cudnn: neither documents' masks nor dropout; use chunked")
+            raise ValueError("attention backend cudnn: neither documents' masks nor dropout; use flash")
         return _attend_cudnn(q_BTHK, k_BTHK, v_BTHK)
-    raise ValueError(f"attention backend {backend!r}: choose xla, chunked or cudnn")
+    raise ValueError(f"attention backend {backend!r}: choose xla, chunked, flash or cudnn")
 
 
 def _attend_xla(q, k, v, segments, dropout, key):
@@ -103,28 +108,50 @@ def _attend_cudnn(q, k, v):
     return jax.reshard(out, P(BATCH, "seq", None, None))
 
 
-def _attend_chunked(q, k, v, segments, dropout, key, chunk):
-    masked = segments is not None
-    operands = [q, k, v] + ([segments] if masked else []) + ([key] if dropout > 0 else [])
-    heads, tokens = P(BATCH, "seq", None, None), TOKENS
-    specs = (heads,) * 3 + ((tokens,) if masked else ()) + ((P(),) if dropout > 0 else ())
+def _attend_flash(q, k, v, segments, dropout, key):
+    def local(q, k, v, segments, key, start):
+        pair_words = None
+        if dropout > 0:  # of every query, and of every key, of every head
+            shapes = [(x.shape[0], x.shape[2], x.shape[1]) for x in (q, k)]
+            keys = jax.random.split(key)
+            pair_words = tuple(jax.random.bits(k, s, jnp.uint32) for k, s in zip(keys, shapes, strict=True))
+        segments = None if segments is None else (segments, _whole(segments))
+        return flash.flash(q, k, v, segments, pair_words, start, dropout, interpreted)
 
-    def local(q, k, v, *rest):
-        k, v = _whole(k), _whole(v)
-        start = jax.lax.axis_index("seq") * q.shape[1]
-        q_segments = k_segments = shard_key = None
-        if masked:
-            q_segments = jnp.repeat(rest[0], q.shape[2], axis=0)
+    interpreted = platform() != "gpu"  # by tests; the interpreter does not know of varying axes
+    return _in_shards(local, q, k, v, segments, key if dropout > 0 else None, checked=not interpreted)
+
+
+def _attend_chunked(q, k, v, segments, dropout, key, chunk):
+    def local(q, k, v, segments, key, start):
+        q_segments = k_segments = None
+        if segments is not None:
+            q_segments = jnp.repeat(segments, q.shape[2], axis=0)
             k_segments = _whole(q_segments)
-        if dropout > 0:
+        rows = keep([_to_rows(x) for x in (q, k, v)])
+        out_RTK = _grouped_rows(*rows, q_segments, k_segments, key, start, chunk, dropout)
+        return out_RTK.reshape(q.shape[0], q.shape[2], q.shape[1], -1).swapaxes(1, 2)
+
+    return _in_shards(local, q, k, v, segments, key if dropout > 0 else None)
+
+
+def _in_shards(local, q, k, v, segments, key, checked=True):
+    """Runs `local(q, k, v, segments, key, start)` on each shard's rows and queries, with K and V of all positions, a
+    key of its own (both None where they are not asked for), and the position of its first query."""
+    operands = [x for x in (q, k, v, segments, key) if x is not None]
+    heads = P(BATCH, "seq", None, None)
+    specs = (heads,) * 3 + (() if segments is None else (TOKENS,)) + (() if key is None else (P(),))
+
+    def shard(q, k, v, *rest):
+        shard_key = None
+        if key is not None:
             shard_key = functools.reduce(
                 jax.random.fold_in, [jax.lax.axis_index(axis) for axis in AXES], varying(rest[-1])
             )
-        rows = keep([_to_rows(x) for x in (q, k, v)])
-        out_RTK = _grouped_rows(*rows, q_segments, k_segments, shard_key, varying(start), chunk, dropout)
-        return out_RTK.reshape(q.shape[0], q.shape[2], q.shape[1], -1).swapaxes(1, 2)
+        start = varying(jax.lax.axis_index("seq") * q.shape[1])
+        return local(q, _whole(k), _whole(v), None if segments is None else rest[0], shard_key, start)
 
-    return jax.shard_map(local, in_specs=specs, out_specs=heads)(*operands)
+    return jax.shard_map(shard, in_specs=specs, out_specs=heads, check_vma=checked)(*operands)
 
 
 def _whole(x_BT: jax.Array) -> jax.Array:
@@ -200,6 +227,11 @@ def _cut(x, first, stop):
     return None if x is None else x[..., first:stop]
 
 
+def _multipliers(key, piece, dropout, shape):
+    rows, columns = words(jax.random.fold_in(key, piece), shape)
+    return multipliers(rows[..., None], columns, dropout)
+
+
 def _flash_forward(q, k, v, q_segments, k_segments, key, start, chunk, dropout):
     outs, lses = [], []
     for piece, (first, stop, keys) in enumerate(_pieces(q.shape[-2], k.shape[-2], chunk)):
@@ -214,7 +246,7 @@ def _flash_forward(q, k, v, q_segments, k_segments, key, start, chunk, dropout):
         exps = jnp.exp(scores - largest)
         sums = exps.sum(axis=-1, keepdims=True)
         if dropout > 0:
-            exps = exps * multipliers(jax.random.fold_in(key, piece), dropout, exps.shape)
+            exps = exps * _multipliers(key, piece, dropout, exps.shape)
         mixed = jnp.einsum("...qs,...sk->...qk", exps.astype(v.dtype), v[..., :keys, :],
                            preferred_element_type=jnp.float32)  # fmt: skip
         outs.append((mixed / sums).astype(v.dtype))
@@ -235,7 +267,7 @@ def _flash_backward(chunk, dropout, saved, d_out):
         scores = _scores(q_piece, k_piece, _cut(q_segments, first, stop), _cut(k_segments, 0, keys), start + first)
         p = jnp.exp(scores - lse[..., first:stop, None])
         d_p = jnp.einsum("...qk,...sk->...qs", d_piece, v[..., :keys, :], preferred_element_type=jnp.float32)
-        kept = multipliers(jax.random.fold_in(key, piece), dropout, p.shape) if dropout > 0 else 1.0
+        kept = _multipliers(key, piece, dropout, p.shape) if dropout > 0 else 1.0
         d_scores = (p * (d_p * kept - delta[..., first:stop, None]) * q.shape[-1] ** -0.5).astype(q.dtype)
         dqs.append(jnp.einsum("...qs,...sk->...qk", d_scores, k_piece))
         dk = dk.at[..., :keys].add(jnp.einsum("...qs,...qk->...ks", d_scores, q_piece))

@@ -17,7 +17,7 @@ CHOICES = {
     "model.activation": ("silu", "swiglu"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "block", "full"),
-    "model.attention": ("auto", "xla", "chunked", "cudnn"),
+    "model.attention": ("auto", "xla", "chunked", "flash", "cudnn"),
     "model.moe": ("auto", "blocks", "tiles", "ragged"),
     "optimizer.name": ("muon", "adamw"),
     "optimizer.schedule": ("constant", "cosine", "wsd"),
@@ -27,7 +27,7 @@ CHOICES = {
 AT_LEAST_ONE = (
     "batch_size", "seq_len", "model.num_layers", "model.d_model", "model.num_heads", "model.d_ff",
     "model.num_experts", "model.experts_per_token", "model.vocab_size", "model.attention_chunk",
-    "model.moe_block", "model.loss_chunk", "train.accumulation", "train.log_every", "train.keep_last",
+    "model.moe_block", "model.loss_chunk", "model.unroll", "train.accumulation", "train.log_every", "train.keep_last",
     "eval.num_targets", "eval.run_length", "eval.own_targets", "eval.batch_tokens",
 )  # fmt: skip
 AT_LEAST_ZERO = (
@@ -141,23 +141,32 @@ def _validate_shards(config: Any, mesh_shape: tuple[int, int, int]) -> None:
 
 
 def _validate_backends(config: Any, mesh_shape: tuple[int, int, int], platform: str) -> None:
-    if config.model.attention != "cudnn":
+    backend, head_dim = config.model.attention, config.model.d_model // config.model.num_heads
+    if backend not in ("flash", "cudnn"):
         return
     problem = None
     if platform != "gpu":
         problem = f"runs on NVIDIA GPUs, and this is {platform}"
-    elif config.data.mask_documents:
-        problem = "cannot mask documents (config.data.mask_documents)"
-    elif config.model.dropout > 0:
-        problem = f"cannot drop attention probabilities (config.model.dropout={config.model.dropout})"
     elif config.model.dtype != "bfloat16":
         problem = f"computes in bfloat16, not config.model.dtype={config.model.dtype}"
-    elif mesh_shape[2] > 1:
-        problem = "cannot divide positions (config.mesh.seq)"
-    elif (head_dim := config.model.d_model // config.model.num_heads) % 8 or head_dim > 128:
-        problem = f"wants head widths of 8 to 128 by eights, not {head_dim} (config.model.d_model / num_heads)"
+    elif head_dim > 128:
+        problem = f"wants head widths of 128 at most, not {head_dim} (config.model.d_model / num_heads)"
+    elif backend == "cudnn":
+        problem = _cudnn_problem(config, mesh_shape, head_dim)
     if problem:
-        raise ConfigError("config.model.attention", "cudnn", f"{problem}; use chunked, xla or auto")
+        raise ConfigError("config.model.attention", backend, f"{problem}; use chunked, xla or auto")
+
+
+def _cudnn_problem(config: Any, mesh_shape: tuple[int, int, int], head_dim: int) -> str | None:
+    if config.data.mask_documents:
+        return "cannot mask documents (config.data.mask_documents)"
+    if config.model.dropout > 0:
+        return f"cannot drop attention probabilities (config.model.dropout={config.model.dropout})"
+    if mesh_shape[2] > 1:
+        return "cannot divide positions (config.mesh.seq)"
+    if head_dim % 8:
+        return f"wants head widths by eights, not {head_dim} (config.model.d_model / num_heads)"
+    return None
 
 
 def _validate_eval(config: Any) -> None:

@@ -2,6 +2,7 @@
 
 The logits [B, T, V] never exist whole. Training computes the gradient of the hidden states and of the output table in
 the same pass as the loss (they are linear in the loss's cotangent), so no logits are kept or computed twice.
+On a GPU in bfloat16 not even a chunk's logits are written, only their gradient: `loss_kernels.py`.
 A target of -1 is not counted. Letters: N tokens of a shard, C tokens of a chunk, D width, V vocabulary.
 """
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from research import loss_kernels
 from research.sharding import AXES, HIDDEN, TOKENS, varying, varying_axes, whole
 
 
@@ -41,10 +43,10 @@ def token_losses(
     def local(hidden, table, targets):
         def one(_, scanned):
             x_CD, targets_C = scanned
-            _, _, lse_C, picked_C, right_C = _chunk(x_CD, table, targets_C)
+            lse_C, picked_C, right_C = _scores(x_CD, table, targets_C)
             return None, (jnp.where(targets_C >= 0, lse_C - picked_C, 0), right_C)
 
-        parts = _in_chunks(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), chunk)
+        parts = _in_chunks(hidden.reshape(-1, hidden.shape[-1]), table, targets.reshape(-1), chunk)
         _, (nll, right) = jax.lax.scan(one, None, parts)
         return tuple(x.reshape(-1)[: targets.size].reshape(targets.shape) for x in (nll, right))
 
@@ -53,9 +55,11 @@ def token_losses(
     )
 
 
-def _in_chunks(x_ND, targets_N, chunk):
+def _in_chunks(x_ND, table_VD, targets_N, chunk):
     """[chunks, C, D] and [chunks, C]; the last chunk is filled up with tokens that are not counted."""
     chunk = min(chunk, x_ND.shape[0])
+    if loss_kernels.served(x_ND, table_VD):
+        chunk = loss_kernels.chunk_of(x_ND.shape[0], chunk)
     spare = -x_ND.shape[0] % chunk
     x_ND = jnp.pad(x_ND, ((0, spare), (0, 0)))
     targets_N = jnp.pad(targets_N, (0, spare), constant_values=-1)
@@ -74,27 +78,43 @@ def _chunk(x_CD, table_VD, targets_C):
     return exps_CV, sums_C, largest_C + jnp.log(sums_C), picked_C, right_C
 
 
+def _scores(x_CD, table_VD, targets_C):
+    """Log of the sums of exp(logits), targets' logits, which are right: [C] each."""
+    if loss_kernels.served(x_CD, table_VD):
+        return loss_kernels.scores(x_CD, table_VD, targets_C)
+    return _chunk(x_CD, table_VD, targets_C)[2:]
+
+
+def _d_logits(x_CD, table_VD, targets_C):
+    """The gradient of the logits times sums [C, V], the sums of exps [C], and `_scores`.
+
+    It is exps / sums - hit, of which the exps are at hand first: what it is multiplied with is divided by the sums.
+    """
+    if loss_kernels.served(x_CD, table_VD):
+        return loss_kernels.d_logits(x_CD, table_VD, targets_C)
+    exps_CV, sums_C, *scores = _chunk(x_CD, table_VD, targets_C)
+    hit_CV = targets_C[:, None] == jnp.arange(table_VD.shape[0])
+    return jnp.where(hit_CV, exps_CV - sums_C[:, None], exps_CV).astype(x_CD.dtype), sums_C, *scores
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _loss_sums(x_ND, table_VD, targets_N, chunk):
     def one(sums, scanned):
         x_CD, targets_C = scanned
-        _, _, lse_C, picked_C, right_C = _chunk(x_CD, table_VD, targets_C)
+        lse_C, picked_C, right_C = _scores(x_CD, table_VD, targets_C)
         loss = jnp.sum(jnp.where(targets_C >= 0, lse_C - picked_C, 0))
         return (sums[0] + loss, sums[1] + jnp.sum(right_C)), None
 
-    return jax.lax.scan(one, _zero_sums(x_ND), _in_chunks(x_ND, targets_N, chunk))[0]
+    return jax.lax.scan(one, _zero_sums(x_ND), _in_chunks(x_ND, table_VD, targets_N, chunk))[0]
 
 
 def _loss_sums_forward(x_ND, table_VD, targets_N, chunk):
     def one(carry, scanned):
         x_CD, targets_C = scanned
         (loss, correct), d_table_DV = carry
-        exps_CV, sums_C, lse_C, picked_C, right_C = _chunk(x_CD, table_VD, targets_C)
+        d_logits, sums_C, lse_C, picked_C, right_C = _d_logits(x_CD, table_VD, targets_C)
         counted_C = targets_C >= 0
-        # The gradient of the logits is exps / sums - hit. It is made times sums; what it is multiplied with is divided.
-        hit_CV = targets_C[:, None] == jnp.arange(table_VD.shape[0])
-        d_logits = jnp.where(hit_CV, exps_CV - sums_C[:, None], exps_CV).astype(x_CD.dtype)
-        scale_C1 = (counted_C / sums_C)[:, None]
+        scale_C1 = jnp.where(counted_C, 1 / sums_C, 0)[:, None]
         d_x = jnp.einsum("cv,vd->cd", d_logits, table_VD, preferred_element_type=jnp.float32) * scale_C1
         scaled_CD = (x_CD * scale_C1).astype(x_CD.dtype)
         d_table_DV += jnp.einsum("cv,cd->dv", d_logits, scaled_CD, preferred_element_type=jnp.float32)
@@ -103,7 +123,7 @@ def _loss_sums_forward(x_ND, table_VD, targets_N, chunk):
 
     zeros_DV = varying(jnp.zeros_like(table_VD.T, jnp.float32), varying_axes(table_VD))
     start = (_zero_sums(x_ND), zeros_DV)  # transposed: as the product with the smaller operand turned around
-    (sums, d_table_DV), d_x = jax.lax.scan(one, start, _in_chunks(x_ND, targets_N, chunk))
+    (sums, d_table_DV), d_x = jax.lax.scan(one, start, _in_chunks(x_ND, table_VD, targets_N, chunk))
     d_x = d_x.reshape(-1, x_ND.shape[-1])[: x_ND.shape[0]]
     return sums, (d_x, d_table_DV.T.astype(table_VD.dtype))
 

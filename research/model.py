@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from research import attention, grouped, moe, sharding
-from research.dropout import dropout, multipliers
+from research.dropout import apply, dropout, words
 from research.remat import KEPT_ONLY
 
 
@@ -39,6 +39,7 @@ class ModelConfig:
     router_noise: float = 0.0
     balance_weight: float = 0.01
     dtype: str = "float32"
+    unroll: int = 1
     remat: str = "none"
     attention: str = "auto"
     attention_chunk: int = 256
@@ -74,22 +75,39 @@ def _rms_norm_backward(epsilon, saved, d_out):
 rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
+@jax.custom_vjp
+def silu(x: jax.Array) -> jax.Array:
+    """x sigmoid(x). Own gradient: it keeps x alone, where autodiff keeps the sigmoid as well."""
+    return x * jax.nn.sigmoid(x)
+
+
+def _silu_backward(x, d_out):
+    sigmoid = jax.nn.sigmoid(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+    return ((d_out * sigmoid * (1 + x * (1 - sigmoid))).astype(x.dtype),)
+
+
+silu.defvjp(lambda x: (silu(x), x), _silu_backward)
+
+
 def make_expert(activation: str, dropout_rate: float) -> grouped.Expert:
     """down(drop(silu(up x))), or gated: down(drop(silu(gate x) * (up x))) (Shazeer 2020, arXiv:2002.05202)."""
 
+    @jax.named_scope("expert")
     def expert(
         x_MD: jax.Array, weights: dict, multiply: Callable, key: jax.Array | None, share_M: jax.Array | None
     ) -> jax.Array:
-        hidden_MF = multiply(x_MD, weights["up"])
-        if activation == "swiglu":
-            hidden_MF = jax.nn.silu(multiply(x_MD, weights["gate"])) * hidden_MF
-        else:
-            hidden_MF = jax.nn.silu(hidden_MF)
-        if key is not None:
-            hidden_MF = (hidden_MF * multipliers(key, dropout_rate, hidden_MF.shape)).astype(hidden_MF.dtype)
-        if share_M is not None:
-            hidden_MF = (hidden_MF * share_M[:, None]).astype(hidden_MF.dtype)
-        return multiply(hidden_MF, weights["down"])
+        def rest(up_MF: jax.Array, gate_MF: jax.Array | None, down: Any, share_M: jax.Array | None) -> jax.Array:
+            hidden_MF = silu(up_MF) if gate_MF is None else silu(gate_MF) * up_MF
+            if key is not None:
+                hidden_MF = apply(hidden_MF, *words(key, hidden_MF.shape), dropout_rate)
+            if share_M is not None:
+                hidden_MF = (hidden_MF * share_M[:, None]).astype(hidden_MF.dtype)
+            return multiply(hidden_MF, down)
+
+        # The hidden layer is the largest array of a layer: the backward pass makes it again from the products before.
+        gate_MF = multiply(x_MD, weights["gate"]) if activation == "swiglu" else None
+        rest = jax.checkpoint(rest, prevent_cse=False)
+        return rest(multiply(x_MD, weights["up"]), gate_MF, weights["down"], share_M)
 
     return expert
 
@@ -219,8 +237,9 @@ class MoETransformer(nn.Module):
         table = sharding.gather(parameter(self, "embedding", (c.vocab_size, c.d_model), 1, c), c.dtype)
         if not c.tie_embeddings:
             parameter(self, "head", (c.vocab_size, c.d_model), 1, c)
-        hidden_BTD = table.at[tokens_BT].get(out_sharding=sharding.HIDDEN) * c.d_model**0.5
-        hidden_BTD = dropout(hidden_BTD, c.dropout, self.make_rng("dropout") if train else None)
+        with jax.named_scope("embed"):
+            hidden_BTD = table.at[tokens_BT].get(out_sharding=sharding.HIDDEN) * c.d_model**0.5
+            hidden_BTD = dropout(hidden_BTD, c.dropout, self.make_rng("dropout") if train else None)
         if positions_BT is None:
             positions_BT = jnp.arange(tokens_BT.shape[1])[None]
         rotary = attention.rotary_tables(positions_BT, c.d_model // c.num_heads, c.rope_base)
@@ -231,6 +250,7 @@ class MoETransformer(nn.Module):
             split_rngs={"params": True, "dropout": True, "router": True},
             in_axes=nn.broadcast,
             length=c.num_layers,
+            unroll=c.unroll,
         )(c, train, name="layers")
         hidden_BTD, sums = layers(hidden_BTD, rotary, segments_BT)
         scale_D = parameter(self, "final_norm", (c.d_model,), None, c)

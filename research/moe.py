@@ -111,7 +111,7 @@ def moe(
     statistics, each shard's own sums [shards of B, shards of T, E], to be added up once for all layers:
     `assignments` (how many went to each expert) and `probability` (of the softmax over all experts).
     """
-    logits_BTE = jnp.einsum("btd,de->bte", x_BTD.astype(jnp.float32), router_DE)
+    logits_BTE = _router_logits(x_BTD, router_DE)
     if noise > 0 and noise_key is not None:
         sharding = jax.typeof(logits_BTE).sharding
         logits_BTE += noise * jax.random.normal(noise_key, logits_BTE.shape, out_sharding=sharding)
@@ -144,6 +144,11 @@ def moe(
         out_specs=(HIDDEN, sums),
     )
     return run(x_BTD, logits_BTE, weights, *keys)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)  # x is cast again in the backward pass, not kept in float32
+def _router_logits(x_BTD, router_DE):
+    return jnp.einsum("btd,de->bte", x_BTD.astype(jnp.float32), router_DE)
 
 
 def _shard_key(key: jax.Array) -> jax.Array:

@@ -205,3 +205,12 @@ def test_what_cudnn_cannot_do_is_refused(group, field, value, said):
     config[group][field] = value
     error = mistake(config)
     assert error.field == "config.model.attention" and said in str(error)
+
+
+def test_kernels_of_a_gpu_are_refused_elsewhere():
+    config = config_of("balanced")
+    config.model.attention, config.model.dtype, config.model.dropout = "flash", "bfloat16", 0.1
+    validate(config, (1, 1, 2), "gpu")
+    for platform in ("cpu", "tpu"):
+        with pytest.raises(ConfigError, match=platform):
+            validate(config, (1, 1, 1), platform)

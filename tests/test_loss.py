@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research import loss, sharding
+from research import loss, loss_kernels, sharding
 from tests.small import placed, relative
 
 
@@ -69,3 +69,41 @@ def test_targets_that_are_not_counted_have_no_gradient(rng, one_device):
     targets = placed([[1, -1, 3, -1, -1, 6]], jnp.int32)
     grad = jax.grad(lambda h: loss.cross_entropy_sums(h, table, targets, 4)[0])(hidden)
     assert (np.abs(np.asarray(grad)).sum(-1) > 0).tolist() == [[True, False, True, False, False, True]]
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])  # 30: logits too far apart for one pass
+@pytest.mark.parametrize("tokens", [100, 384])
+def test_kernels_equal_the_plain_loss(rng, one_device, monkeypatch, tokens, scale):
+    hidden = jnp.asarray(scale * rng.standard_normal((tokens, 64)), jnp.bfloat16)
+    table = jnp.asarray(0.2 * rng.standard_normal((256, 64)), jnp.bfloat16)
+    logits = np.asarray(hidden, np.float64) @ np.asarray(table, np.float64).T
+    targets = np.where(rng.random(tokens) < 0.3, logits.argmax(-1), rng.integers(-1, 256, tokens)).astype(np.int32)
+
+    def outcome():
+        def run(hidden, table, targets):
+            def total(hidden, table):
+                return loss._loss_sums(hidden, table, targets, 200)
+
+            return total(hidden, table), jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(hidden, table)
+
+        # Without its checks: the interpreter of kernels does not know the types that vary from shard to shard.
+        run = jax.shard_map(run, in_specs=(jax.P(),) * 3, out_specs=jax.P(), check_vma=False)
+        return jax.jit(run)(hidden, table, targets)
+
+    (want, want_right), (_, want_grads) = outcome()
+    monkeypatch.setattr(loss_kernels, "served", lambda x, table: True)
+    alone, (beside, grads) = outcome()
+    for value, right in (alone, beside):
+        assert float(value) == pytest.approx(float(want), rel=1e-5)
+        assert int(right) == int(want_right) > 0
+    for found, wanted in zip(grads, want_grads, strict=True):
+        assert relative(found.astype(jnp.float32), wanted.astype(jnp.float32)) < 5e-3  # of bfloat16
+
+
+def test_kernels_are_for_whole_blocks_in_bfloat16_on_a_gpu(monkeypatch):
+    def served(V, D, dtype=jnp.bfloat16, platform="gpu"):
+        monkeypatch.setattr(sharding, "platform", lambda: platform)
+        return loss_kernels.served(jnp.zeros((8, D), dtype), jnp.zeros((V, D), dtype))
+
+    assert served(4096, 384) and served(256, 64)
+    assert not (served(61, 64) or served(256, 32) or served(256, 64, jnp.float32) or served(256, 64, platform="cpu"))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from research import grouped, tiles
+from research import grouped, tile_kernels, tiles
 from research.model import make_expert
 from tests.small import relative
 
@@ -92,3 +92,95 @@ def test_products_are_of_tiles_and_not_of_every_expert_with_every_row():
     places = num_rows + experts * 64
     adding_up = 2 * (places // 64) * experts * width * hidden
     assert found["flops"] < 1.1 * (2 * 2 * places * width * hidden + adding_up)  # the value itself is not asked for
+
+
+@settings(max_examples=4, deadline=None)
+@given(
+    owners=st.lists(st.integers(0, 4), min_size=1, max_size=6).map(sorted),  # 4: a tile that is left over
+    rows=st.sampled_from([16, 32, 64]),
+    width=st.sampled_from([16, 48, 96]),
+    hidden=st.sampled_from([32, 80]),
+    seed=st.integers(0, 99),
+)
+def test_kernels_are_the_products_of_tiles_in_float64(owners, rows, width, hidden, seed):
+    """Interpreted, in blocks small enough that there are several of each: y, dx and dw, experts without tiles too."""
+    draw = np.random.default_rng(seed).standard_normal
+    x, w, dy = (
+        jnp.asarray(draw(shape), jnp.bfloat16)
+        for shape in ((len(owners), rows, width), (4, width, hidden), (len(owners), rows, hidden))
+    )
+    owner = jnp.asarray(owners, jnp.int32)
+    options = dict(blocks=tile_kernels.Blocks(32, 32, 16, warps=4, stages=2), interpret=True)
+    found = (
+        tile_kernels.product(x, w, owner, **options),
+        tile_kernels.product(dy, w, owner, transposed=True, **options),
+        tile_kernels.gradient(x, dy, owner, 4, **options),
+    )
+    x, w, dy = (np.asarray(a, np.float64) for a in (x, w, dy))
+    y, dx, dw = np.zeros_like(dy), np.zeros_like(x), np.zeros_like(w)
+    for tile, expert in enumerate(owners):
+        if expert < 4:
+            y[tile], dx[tile] = x[tile] @ w[expert], dy[tile] @ w[expert].T
+            dw[expert] += x[tile].T @ dy[tile]
+    for a, b in zip(found, (y, dx, dw), strict=True):
+        assert a.dtype == jnp.bfloat16 and relative(a, b) < 3e-3
+        assert not np.any(np.asarray(a, np.float64)[b == 0])  # nobody's tiles, and experts without a tile
+
+
+def test_experts_on_kernels_are_experts_on_einsum(rng, monkeypatch):
+    """Through `multiply` and its own gradient, as a GPU runs it."""
+    sizes = jnp.asarray([40, 0, 71, 17], jnp.int32)
+    shapes = dict(x=(128, 32), up=(4, 32, 48), down=(4, 48, 32), cotangent=(128, 32))
+    arrays = {name: jnp.asarray(rng.standard_normal(shape) / 4, jnp.bfloat16) for name, shape in shapes.items()}
+
+    def outcome():
+        def run(x, weights):
+            return grouped.apply_experts(make_expert("silu", 0.0), x, weights, sizes, backend="tiles", block=16)
+
+        def both(arrays):
+            out, vjp = jax.vjp(run, arrays["x"], {name: arrays[name] for name in ("up", "down")})
+            return out, vjp(arrays["cotangent"])
+
+        return jax.jit(both)(arrays)
+
+    monkeypatch.setattr(tiles, "tile_rows", lambda *_: 16)  # more than so few rows ask for
+    wanted = outcome()
+    used = []
+    for name in ("product", "gradient"):
+        kernel = getattr(tile_kernels, name)
+
+        def interpreted(*args, kernel=kernel, **options):
+            used.append(kernel.__name__)
+            return kernel(*args, interpret=True, **options)
+
+        monkeypatch.setattr(tile_kernels, name, interpreted)
+    monkeypatch.setattr(tile_kernels, "_platform", lambda: "gpu")
+    found = outcome()
+    assert sorted(used) == ["gradient"] * 2 + ["product"] * 5  # one is traced for its operand alone, and dropped
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert a.dtype == b.dtype and relative(a, b) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "hidden", "dtype", "served"),
+    [
+        (512, 384, 1536, jnp.bfloat16, True),
+        (512, 384, 1536, jnp.float32, False),
+        (8, 384, 1536, jnp.bfloat16, False),
+        (512, 40, 1536, jnp.bfloat16, False),
+        (512, 384, 24, jnp.bfloat16, False),
+    ],
+)
+def test_kernels_serve_what_they_can(monkeypatch, rows, width, hidden, dtype, served):
+    shapes = jax.ShapeDtypeStruct((112, rows, width), dtype), jax.ShapeDtypeStruct((8, width, hidden), dtype)
+    assert not tile_kernels.served(*shapes)  # not on a CPU
+    monkeypatch.setattr(tile_kernels, "_platform", lambda: "gpu")
+    assert tile_kernels.served(*shapes) == served
+
+
+@pytest.mark.parametrize("chosen", [tile_kernels.SHORT, tile_kernels.LONG, tile_kernels.GRADIENT])
+@pytest.mark.parametrize("sides", [(512, 1536, 384), (512, 384, 1536), (16, 48, 80), (64, 320, 32)])
+def test_blocks_divide_what_they_are_of(chosen, sides):
+    b = chosen.within(*sides)
+    for side, block in zip(sides, (b.rows, b.columns, b.inner), strict=True):
+        assert block >= tile_kernels.SMALLEST and block & (block - 1) == 0 and side % block == 0

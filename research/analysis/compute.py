@@ -43,6 +43,8 @@ def count(jaxpr: Any) -> int:
             total += _product(equation)
         elif name == "ragged_dot_general":
             total += _ragged_product(equation)
+        elif name == "pallas_call":
+            total += equation.params["cost_estimate"].flops
         elif name == "while":
             raise ValueError("a while loop: how often it turns is not known before it runs")
         else:

@@ -2,7 +2,9 @@
 experts, and the training step that the original takes: the same clipping, Muon for matrices, AdamW for the rest.
 
 It differs from our swiglu variant in three things that cost next to nothing: the embedding is not scaled by sqrt(D),
-its balance loss is of all layers' assignments at once, and each half of a head is rotated against the other.
+its balance loss is of all layers' assignments at once, and each half of a head is rotated against the other. It has no
+dropout but that of attention probabilities, where ours has four more, and no noise in its router: the two are compared
+with config.model.dropout=0. Experts run as transformers chooses (`grouped_mm`), attention in PyTorch's fused kernels.
 """
 
 from collections.abc import Iterable
@@ -12,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
+from torch.nn.utils import parametrize
 
 from tests.parity.original import Batch, newton_schulz
 
@@ -35,6 +38,7 @@ def build(config: Any, seq_len: int) -> transformers.MixtralForCausalLM:
             initializer_range=config.init_stddev,
             attention_dropout=config.dropout,
             sliding_window=None,
+            attn_implementation="sdpa",
             output_router_logits=True,
             use_cache=False,
         )
@@ -44,8 +48,10 @@ def build(config: Any, seq_len: int) -> transformers.MixtralForCausalLM:
 class Muon(torch.optim.Optimizer):
     """Orthogonalised Nesterov momentum of weights [out, in] and of stacks of experts [E, out, in]."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float):
-        super().__init__(parameters, dict(lr=lr, momentum=momentum))
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], lr: float, momentum: float, dtype: torch.dtype = torch.float32
+    ):
+        super().__init__(parameters, dict(lr=lr, momentum=momentum, dtype=dtype))
 
     @torch.no_grad()
     def step(self) -> None:
@@ -58,7 +64,8 @@ class Muon(torch.optim.Optimizer):
                 ahead = p.grad.lerp(state["mean"], group["momentum"])
                 for weight, direction in zip(matrices(p), matrices(ahead), strict=True):
                     scale = max(1, weight.shape[0] / weight.shape[1]) ** 0.5
-                    weight.add_(newton_schulz(direction), alpha=-group["lr"] * scale)
+                    direction = newton_schulz(direction, dtype=group["dtype"]).to(weight.dtype)
+                    weight.add_(direction, alpha=-group["lr"] * scale)
 
 
 def matrices(x: torch.Tensor) -> list[torch.Tensor]:
@@ -69,16 +76,40 @@ def matrices(x: torch.Tensor) -> list[torch.Tensor]:
     return [matrix for half in halves for matrix in half.unbind()]
 
 
-class Trainer:
-    """One step after another of a model that `build` made."""
+class Cast(nn.Module):
+    """What autocast does to the weights of every linear layer, and not to those of `grouped_mm`."""
 
-    def __init__(self, model: nn.Module, config: Any):
-        self.model, self.clip_norm = model, config.clip_norm
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.to(self.dtype)
+
+
+class Trainer:
+    """One step after another of a model that `build` made.
+
+    dtype: Muon's. autocast: of forward and loss, the experts' weights included; None, the parameters' own.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Any,
+        dtype: torch.dtype = torch.float32,
+        autocast: torch.dtype | None = None,
+    ):
+        self.model, self.clip_norm, self.autocast = model, config.clip_norm, autocast
+        if autocast is not None:
+            stacked = [(m, n) for m in model.modules() for n, p in m.named_parameters(recurse=False) if p.ndim == 3]
+            for module, name in stacked:
+                parametrize.register_parametrization(module, name, Cast(autocast), unsafe=True)
         tables = ("embed_tokens.weight", "lm_head.weight")
         named = {id(p): (name, p) for name, p in model.named_parameters()}.values()
         is_matrix = {p: p.ndim > 1 and not name.endswith(tables) for name, p in named}
         self.optimizers = [
-            Muon([p for p, matrix in is_matrix.items() if matrix], config.learning_rate, config.momentum),
+            Muon([p for p, matrix in is_matrix.items() if matrix], config.learning_rate, config.momentum, dtype),
             torch.optim.AdamW(
                 [p for p, matrix in is_matrix.items() if not matrix],
                 lr=config.adamw_learning_rate,
@@ -91,8 +122,9 @@ class Trainer:
     def step(self, batch: Batch, balance_weight: float) -> float:
         """One training step on a batch (targets of -1 are not counted). Returns its cross-entropy."""
         inputs, targets = batch
-        out = self.model(inputs)
-        loss = F.cross_entropy(out.logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        with torch.autocast(inputs.device.type, self.autocast, enabled=self.autocast is not None):
+            out = self.model(inputs)
+            loss = F.cross_entropy(out.logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         (loss + balance_weight * out.aux_loss).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
         for optimizer in self.optimizers:

@@ -185,10 +185,20 @@ class Muon(torch.optim.Optimizer):
 
 
 class Trainer:
-    """Clip, then Muon for the matrices, AdamW for embedding, head and norms; both warm up."""
+    """Clip, then Muon for the matrices, AdamW for embedding, head and norms; both warm up.
 
-    def __init__(self, model: Original, config: Any, num_steps: int, dtype: torch.dtype = torch.float32):
-        self.model, self.clip_norm = model, config.clip_norm
+    dtype: Muon's. autocast: of forward and loss; None, the parameters' own.
+    """
+
+    def __init__(
+        self,
+        model: Original,
+        config: Any,
+        num_steps: int,
+        dtype: torch.dtype = torch.float32,
+        autocast: torch.dtype | None = None,
+    ):
+        self.model, self.clip_norm, self.autocast = model, config.clip_norm, autocast
         tables = {id(model.embedding.weight), id(model.head.weight)}
         is_matrix = {p: p.ndim == 2 and id(p) not in tables for p in model.parameters()}
         muon = [p for p, matrix in is_matrix.items() if matrix]
@@ -210,7 +220,8 @@ class Trainer:
 
     def step(self, batch: Batch, balance_weight: float) -> float:
         """One training step on a batch. Returns its cross-entropy."""
-        cross_entropy, balance = losses(self.model, batch)
+        with torch.autocast(batch[0].device.type, self.autocast, enabled=self.autocast is not None):
+            cross_entropy, balance = losses(self.model, batch)
         (cross_entropy + balance_weight * balance).backward()
         self.apply_gradients()
         return cross_entropy.item()
