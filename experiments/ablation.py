@@ -38,6 +38,7 @@ from research.analysis import findings, report, study
 from research.analysis.study import SETTINGS, Key
 from research.analysis.tables import duration
 from research.config import ConfigError
+from research.files import write_json
 
 STRATEGIES = ("large_batch", "balanced", "long_seq")
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -272,8 +273,7 @@ def _record(workdir: Path, keys: Sequence[Key], exit_codes: dict[str, int]) -> N
     workdir.mkdir(parents=True, exist_ok=True)
     known, codes = _recorded(workdir)
     merged = [asdict(key) for key in dict.fromkeys([*known, *keys])]
-    content = json.dumps({"runs": merged, "exit_codes": codes | exit_codes}, indent=1)
-    study.write_text(workdir / "ablation.json", content + "\n")
+    write_json(workdir / "ablation.json", {"runs": merged, "exit_codes": codes | exit_codes})
 
 
 def _recorded(workdir: Path) -> tuple[list[Key], dict[str, int]]:

@@ -25,6 +25,7 @@ from research.analysis.glossary import TERMS
 from research.analysis.page import Picture, Section
 from research.analysis.render import Page, Part
 from research.analysis.render import write as write_page
+from research.files import write_json
 
 TITLE = "Batch or length?"
 QUESTION = (
@@ -41,7 +42,7 @@ def write(folder: Path) -> dict[str, Any]:
     """
     results = json.loads((folder / "results.json").read_text())
     results["analysis"] = analyse(study.load(folder))
-    study.write_text(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+    write_json(folder / "results.json", results)
     render(results, folder)
     return results
 
