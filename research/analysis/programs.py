@@ -26,14 +26,18 @@ SOURCES = (
     "attention",
     "dropout",
     "evaluate",
+    "flash",
     "grouped",
+    "kernels",
     "loss",
+    "loss_kernels",
     "model",
     "moe",
     "optimizer",
     "remat",
     "sharding",
     "step",
+    "tile_kernels",
     "tiles",
 )
 

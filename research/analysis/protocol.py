@@ -99,7 +99,7 @@ def _compared(found: Sequence[Run]) -> tuple[list[str], list[str]]:
         ("protocol", lambda r: r["result"]["protocol"]),
         ("tokens", lambda r: f"{r['result']['tokens']:,}"),
         ("tokens a step", lambda r: f"{r['result']['tokens_per_step']:,}"),
-        ("passes over the text", lambda r: f"{r['result']['epochs']:.2f}"),
+        ("passes over the text", lambda r: f"{r['result']['tokens'] / r['result']['train_tokens']:.2f}"),
         ("parameters", _parameters),
         ("optimiser", _optimizer),
         ("text", lambda r: f"{corpus(r)} `{r['result']['fingerprint'][:12]}`"),

@@ -65,7 +65,7 @@ def legend(figure: Figure, axes: Axes, note: str, leaking: bool = False) -> None
     figure.legend(handles, labels, loc="outside upper center", ncols=columns, handlelength=3.8)
     color = "#666666"
     if leaking:
-        note, color = "LEAKING: these losses measure memorisation.  " + note, "#B03A00"
+        note, color = "LEAKING: these losses measure memorisation.\n" + note, "#B03A00"
     figure.supxlabel(note, fontsize=9, color=color)
 
 
