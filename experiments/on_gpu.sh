@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # All that a GPU is asked for:  bash experiments/on_gpu.sh FOLDER [STAGE] BOOKS.jsonl.gz
-# STAGE: checks | benchmark | memory | published | study | waterfall | all (default). Each goes on where it was stopped. On an H200
-# checks take 2 minutes, a file of the benchmark 2 (by torch.compile more), and published 4; the others were not run yet. BOOKS is a corpus of long documents that needs no network; its field `text` is read.
+# STAGE: checks | benchmark | memory | published | study | waterfall | all (default). Each goes on where it was stopped.
+# On an H200 checks take 2 minutes, a file of the benchmark 2 (by torch.compile more), published 4; the others have not
+# been run yet. BOOKS is a corpus of long documents that needs no network; its field `text` is read.
 #   checks     the paths that only a GPU takes
 #   benchmark  step times at the three shapes, beside PyTorch (where torch and transformers are installed), and a profile
 #   memory     what fits 24 GiB at each length, and what real steps of it take
