@@ -65,7 +65,7 @@ def _model() -> ConfigDict:
             unroll=1,  # layers a turn of the loop over layers; num_layers: no loop
             remat="none",  # none | block (recompute each block in the backward pass) | full (and each half of it)
             attention="auto",  # auto | xla | chunked | flash | cudnn
-            attention_chunk=128,  # queries at a time (chunked)
+            attention_chunk=256,  # queries of a block (chunked)
             moe="auto",  # auto | blocks | tiles | ragged
             moe_block=256,  # token rows a matmul (blocks), at most (tiles)
             loss_chunk=512,  # tokens whose logits exist at once

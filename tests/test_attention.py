@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research import attention, sharding
+from research import attention, chunked, sharding
 from tests.small import placed, relative
 
 
@@ -77,9 +77,9 @@ def test_rows_at_once_are_rows_one_by_one(rng, one_device, monkeypatch, held, si
         return out, vjp(cotangent)
 
     wanted = outcome()
-    monkeypatch.setattr(attention, "platform", lambda: "gpu")
-    monkeypatch.setattr(attention, "SCORES_BYTES", 4 * 8 * 24 * held + 5)
-    assert attention._rows_at_once(6, 8 * 24) == size
+    monkeypatch.setattr(chunked, "platform", lambda: "gpu")
+    monkeypatch.setattr(chunked, "SCORES_BYTES", 4 * 8 * 8 * held + 5)
+    assert chunked.rows_at_once(6, 8 * 8) == size
     for found, plain in zip(jax.tree.leaves(outcome()), jax.tree.leaves(wanted), strict=True):
         assert relative(found, plain) < 1e-6
 

@@ -1,13 +1,17 @@
-"""The kernels of attention, interpreted on the CPU, against plain attention with the same draws."""
+"""Attention a block at a time, by kernels (interpreted on the CPU) and in plain JAX, against plain attention with the
+same draws."""
 
+import contextlib
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from research import flash
+from research import chunked, flash, sharding
 from research.dropout import multipliers
 from tests.small import relative
 
@@ -31,10 +35,20 @@ def plain(q, k, v, segments, words, start, rate):
     return jnp.einsum("bhts,bshk->bthk", p, v)
 
 
+def by_kernels(q, k, v, segments, words, start, rate):
+    return flash.flash(q, k, v, segments, words, start, rate, True)
+
+
+def by_blocks(q, k, v, segments, words, start, rate):
+    attend = functools.partial(chunked.chunked, dropout=rate, chunk=16)
+    return jax.shard_map(attend, in_specs=P(), out_specs=P())(q, k, v, segments, words, start)
+
+
+@pytest.mark.parametrize("attend", [by_kernels, by_blocks])
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("queries", "keys", "start", "width"), [(64, 64, 0, 48), (50, 50, 0, 16), (40, 120, 40, 8)])
-def test_kernels_are_plain_attention(rng, small_blocks, queries, keys, start, width, masked, rate):
+def test_is_plain_attention(rng, small_blocks, attend, queries, keys, start, width, masked, rate):
     batch, heads = 2, 2
     q, cotangent = (jnp.asarray(rng.standard_normal((batch, queries, heads, width)), jnp.float32) for _ in range(2))
     k, v = (jnp.asarray(rng.standard_normal((batch, keys, heads, width)), jnp.float32) for _ in range(2))
@@ -49,7 +63,9 @@ def test_kernels_are_plain_attention(rng, small_blocks, queries, keys, start, wi
         out, vjp = jax.vjp(attend, q, k, v)
         return out, *vjp(cotangent)
 
-    found = outcome(lambda q, k, v: flash.flash(q, k, v, segments, words, jnp.int32(start), rate, True))
+    mesh = sharding.make_mesh({"data": 1, "expert": 1, "seq": 1})
+    with jax.set_mesh(mesh) if attend is by_blocks else contextlib.nullcontext():  # the interpreter knows of none
+        found = outcome(lambda q, k, v: attend(q, k, v, segments, words, jnp.int32(start), rate))
     wanted = outcome(lambda q, k, v: plain(q, k, v, segments, words, start, rate))
     for x, y in zip(found, wanted, strict=True):
         assert relative(x, y) < 1e-6

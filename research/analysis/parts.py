@@ -50,7 +50,7 @@ def _scores(config: Any, programs: Programs, saved: Any) -> int:
     if backend == "xla":
         return saved(model__attention="chunked")
     if backend == "chunked":
-        return 2 * saved(model__attention_chunk=max(1, config.model.attention_chunk // 2))
+        return 4 * saved(model__attention_chunk=max(1, config.model.attention_chunk // 2)) // 3  # a block is square
     return 0
 
 

@@ -24,6 +24,7 @@ SOURCES = (
     "analysis/memory",
     "analysis/scratch",
     "attention",
+    "chunked",
     "dropout",
     "evaluate",
     "flash",
