@@ -68,20 +68,19 @@ def _tiles(x_MD, weights, sizes_E, key, expert, block):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _blocks(x_MD, share_M, weights, sizes_E, key, expert, block):
-    """Each expert walks its rows in blocks, and its results take the place of the rows. Its last block may reach into
-    the next expert's rows, and the last of all back into rows that are done: those stay as they are."""
+    """Each expert walks its rows in blocks, and its results take the place of the rows."""
     block = min(block, x_MD.shape[0])
 
     def one_expert(rows_MD, scanned):
         w, first, size, number = scanned
 
-        def one_block(i, rows_MD):
-            start, own = _window(first, size, i, block, x_MD.shape[0])
-            rows, share = _cut((rows_MD, share_M), start, block)
-            out = expert(rows, w, jnp.matmul, _block_key(key, number, i), share)
+        def one_block(at, length, whole, rows_MD):
+            start, own = _window(first, size, at, length, whole, x_MD.shape[0])
+            rows, share = _cut((rows_MD, share_M), start, length)
+            out = expert(rows, w, jnp.matmul, _block_key(key, number, at), share)
             return _paste(rows_MD, out, rows, own, start)
 
-        return lax.fori_loop(0, ceil_div(size, block), one_block, rows_MD), None
+        return _walk(size, block, one_block, rows_MD), None
 
     return lax.scan(one_expert, x_MD, _scanned(weights, sizes_E))[0]
 
@@ -97,19 +96,19 @@ def _blocks_backward(expert, block, saved, dy_MD):
     def one_expert(done, scanned):
         w, first, size, number = scanned
 
-        def one_block(i, carry):
+        def one_block(at, length, whole, carry):
             done, dw = carry
-            start, own = _window(first, size, i, block, x_MD.shape[0])
-            drawn = _block_key(key, number, i)
-            rows, share, dy, d_share = _cut((x_MD, share_M, *done), start, block)
+            start, own = _window(first, size, at, length, whole, x_MD.shape[0])
+            drawn = _block_key(key, number, at)
+            rows, share, dy, d_share = _cut((x_MD, share_M, *done), start, length)
             _, vjp = jax.vjp(lambda rows, share, w: expert(rows, w, jnp.matmul, drawn, share), rows, share, w)
-            *d_own, d_w = vjp(jnp.where(own, dy, 0))
+            *d_own, d_w = vjp(dy if own is None else jnp.where(own, dy, 0))
             done = _paste(done, tuple(d_own), (dy, d_share), own, start)
-            return done, jax.tree.map(lambda total, g: total + g.astype(total.dtype), dw, d_w)
+            return done, jax.tree.map(lambda total, g: total + _wide(g).astype(total.dtype), dw, d_w)
 
-        zeros = jax.tree.map(lambda a: _zeros(a, jnp.promote_types(a.dtype, jnp.float32)), w)
-        done, dw = lax.fori_loop(0, ceil_div(size, block), one_block, (done, zeros))
-        return done, jax.tree.map(lambda total, a: total.astype(a.dtype), dw, w)
+        zeros = jax.tree.map(lambda a: _zeros(_wide(a), jnp.promote_types(a.dtype, jnp.float32)), w)
+        done, dw = _walk(size, block, one_block, (done, zeros))
+        return done, jax.tree.map(lambda total, a: (total.mT if _is_tall(a) else total).astype(a.dtype), dw, w)
 
     done = dy_MD, jax.tree.map(_zeros, share_M)  # gradients of the rows take the place of those of the results
     (dx, d_share), dw = lax.scan(one_expert, done, _scanned(weights, sizes_E))
@@ -119,12 +118,33 @@ def _blocks_backward(expert, block, saved, dy_MD):
 _blocks.defvjp(_blocks_forward, _blocks_backward)
 
 
-def _window(first, size, i, block, num_rows):
-    """Where block i of the expert with rows first..first + size starts, and which of its rows [block, 1] it is for."""
-    at = first + i * block
-    start = jnp.minimum(at, num_rows - block)
-    row = start + jnp.arange(block)
-    return start, ((row >= at) & (row < first + size))[:, None]
+def _walk(size, block, one_block, carry):
+    """`one_block(first row, rows, whether all are the expert's, carry)` over `size` rows: whole blocks, then what is
+    left in quarters of one, of which the last alone has rows to spare."""
+    whole, quarter = size // block, max(1, block // 4)
+    left = whole * block
+    carry = lax.fori_loop(0, whole, lambda i, carry: one_block(i * block, block, True, carry), carry)
+    quarters = (size - left + quarter - 1) // quarter
+    return lax.fori_loop(0, quarters, lambda i, carry: one_block(left + i * quarter, quarter, False, carry), carry)
+
+
+def _window(first, size, at, length, whole, num_rows):
+    """Where rows at..at + length of the expert with rows first..first + size start, and which of them [length, 1]
+    are its own, None for all. The others are the next expert's, or, of the last one, done already: they stay."""
+    if whole:
+        return first + at, None
+    start = jnp.minimum(first + at, num_rows - length)
+    row = start + jnp.arange(length)
+    return start, ((row >= first + at) & (row < first + size))[:, None]
+
+
+def _wide(weight):
+    """Turned around where it is tall: as the product of a few columns with many, its gradient takes half the time."""
+    return weight.mT if _is_tall(weight) else weight
+
+
+def _is_tall(weight):
+    return weight.ndim > 1 and weight.shape[-2] > weight.shape[-1]
 
 
 def _cut(arrays, start, block):
@@ -132,17 +152,14 @@ def _cut(arrays, start, block):
 
 
 def _paste(arrays, new, old, own, start):
-    """The rows from `start` on: new ones where they are `own`, the old ones elsewhere."""
+    """The rows from `start` on: new ones where they are `own` (None: all), the old ones elsewhere."""
 
     def one(array, new, old):
-        chosen = jnp.where(own if new.ndim > 1 else own[:, 0], new.astype(old.dtype), old)
+        new = new.astype(old.dtype)
+        chosen = new if own is None else jnp.where(own if new.ndim > 1 else own[:, 0], new, old)
         return lax.dynamic_update_slice_in_dim(array, chosen, start, 0)
 
     return jax.tree.map(one, arrays, new, old)
-
-
-def ceil_div(a, b):
-    return (a + b - 1) // b
 
 
 def _zeros(like: jax.Array, dtype: Any = None) -> jax.Array:
@@ -155,5 +172,5 @@ def _scanned(weights, sizes_E):
     return weights, jnp.cumsum(sizes_E) - sizes_E, sizes_E, jnp.arange(sizes_E.shape[0])
 
 
-def _block_key(key, number, i):
-    return None if key is None else jax.random.fold_in(jax.random.fold_in(key, number), i)
+def _block_key(key, number, at):
+    return None if key is None else jax.random.fold_in(jax.random.fold_in(key, number), at)

@@ -116,8 +116,8 @@ def _loss_sums_forward(x_ND, table_VD, targets_N, chunk):
         counted_C = targets_C >= 0
         scale_C1 = jnp.where(counted_C, 1 / sums_C, 0)[:, None]
         d_x = jnp.einsum("cv,vd->cd", d_logits, table_VD, preferred_element_type=jnp.float32) * scale_C1
-        scaled_CD = (x_CD * scale_C1).astype(x_CD.dtype)
-        d_table_DV += jnp.einsum("cv,cd->dv", d_logits, scaled_CD, preferred_element_type=jnp.float32)
+        scaled_DC = (x_CD.T * scale_C1.T).astype(x_CD.dtype)  # turned around here: a CPU's product does it slowly
+        d_table_DV += jnp.einsum("dc,cv->dv", scaled_DC, d_logits, preferred_element_type=jnp.float32)
         loss += jnp.sum(jnp.where(counted_C, lse_C - picked_C, 0))
         return ((loss, correct + jnp.sum(right_C)), d_table_DV), d_x.astype(x_CD.dtype)
 

@@ -42,6 +42,16 @@ def test_who_chooses_the_number_of_devices_gets_it(variables):
     assert started(**variables)[0] == 3
 
 
+def test_xla_gets_its_options_once_and_who_chooses_one_keeps_it():
+    told = (
+        "import os; from research import cores; cores.as_devices(); cores.as_devices(); flags = os.environ['XLA_FLAGS']"
+    )
+    program = f"{told}; print(*(flags.count(f'--{{name}}={{value}}') for name, value in cores.OPTIONS.items()))"
+    assert started(program) == [1, 1]
+    assert started(program, XLA_FLAGS="--xla_cpu_prefer_vector_width=128") == [0, 1]
+    assert started(f"{told}; import jax.numpy as jnp; print(int(jnp.ones(3).sum()))") == [3]  # XLA knows them
+
+
 def test_where_jax_has_begun_its_devices_stay():
     assert started(f"import jax; jax.devices(); {STARTED}")[0] == 1
 
