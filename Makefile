@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: ablation study test parity lint clean
+.PHONY: ablation study test parity hub lint clean
 ablation: $(VENV)/ready
 	$(BIN)/python -m experiments.ablation --scale=cpu --workdir=runs/ablation
 
@@ -20,6 +20,11 @@ test: $(VENV)/ready
 parity: $(VENV)/ready
 	$(BIN)/python -c "import torch, transformers" 2>/dev/null || $(BIN)/pip install -q "torch==2.13.0" "transformers==5.23.0"
 	$(BIN)/python -m pytest --override-ini=addopts= -q tests/parity
+
+# Data sets and tokenizers by name: the Hub's own clients against a server on this machine.
+hub: $(VENV)/ready
+	$(BIN)/python -c "import datasets" 2>/dev/null || $(BIN)/pip install -q "datasets>=5.2,<6"
+	$(BIN)/python -m pytest --override-ini=addopts= -q tests/hub
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -40,12 +40,13 @@ def measure(config) -> dict[str, float]:
     import jax
     import numpy as np
 
-    from research import checkpoint, sharding, step
+    from research import checkpoint, cores, sharding, step
     from research.analysis import memory
     from research.config import validate
     from research.model import ModelConfig, MoETransformer
     from research.optimizer import make_optimizer, make_schedule
 
+    cores.set_options()
     mesh = sharding.make_mesh(config.mesh)
     shape = tuple(mesh.shape[axis] for axis in sharding.AXES)
     validate(config, shape, jax.default_backend())

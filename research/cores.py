@@ -19,17 +19,22 @@ OPTIONS = {  # of XLA, that they may also say themselves; a step takes 3 to 7 % 
 
 
 def as_devices() -> None:
-    """Call before anything else uses JAX: the CPU becomes a device a core, `MOST` at most, and is compiled for so.
+    """Call before anything else uses JAX: the CPU becomes a device a core, `MOST` at most, and XLA gets its OPTIONS.
 
-    Without effect where JAX has begun; nor does it change what is chosen already, of the devices or of OPTIONS.
+    Without effect where JAX has begun, or the number of its CPU devices is chosen already.
     """
-    chosen = os.environ.get("XLA_FLAGS", "")
-    ours = [f"--{name}={value}" for name, value in OPTIONS.items() if name not in chosen]
-    os.environ["XLA_FLAGS"] = " ".join([chosen, *ours]).strip()
-    if FLAG in chosen or jax.config.jax_num_cpu_devices > 0:
+    set_options()
+    if FLAG in os.environ["XLA_FLAGS"] or jax.config.jax_num_cpu_devices > 0:
         return
     with contextlib.suppress(RuntimeError):  # JAX has begun: what there is has to do
         jax.config.update("jax_num_cpu_devices", min(count(), MOST))
+
+
+def set_options() -> None:
+    """Gives XLA those of OPTIONS that are not in XLA_FLAGS; without effect where it has compiled something."""
+    chosen = os.environ.get("XLA_FLAGS", "")
+    ours = [f"--{name}={value}" for name, value in OPTIONS.items() if name not in chosen]
+    os.environ["XLA_FLAGS"] = " ".join([chosen, *ours]).strip()
 
 
 def count() -> int:

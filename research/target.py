@@ -12,6 +12,7 @@ from importlib import metadata
 import jax
 from jax.experimental import topologies
 
+from research import cores
 from research.config import ConfigError
 
 # What XLA asks of a GPU that is not there. Sources: NVIDIA's data sheets (memory, bandwidth, clock) and the tables of
@@ -88,6 +89,7 @@ def at_hand(num_devices: int = 1) -> Target:
     Call it before anything else uses JAX, if more than one has to be simulated. Raises: ConfigError where there are
     fewer.
     """
+    cores.set_options()  # a plan is of the program that runs
     if num_devices > 1:
         with contextlib.suppress(RuntimeError):  # JAX has begun: what there is has to do
             jax.config.update("jax_num_cpu_devices", num_devices)

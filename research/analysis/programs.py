@@ -1,12 +1,13 @@
 """What compiled programs need, kept on disk: one small file for each (config, target, versions, code).
 
 A program is compiled again whenever anything that it depends on has changed: a field of the model, the optimiser or the
-mesh, the batch, the target, the version of a compiler, or a line of the code that it is traced from.
+mesh, the batch, the target, the version or flags of a compiler, or a line of the code that it is traced from.
 """
 
 import dataclasses
 import hashlib
 import json
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError
@@ -93,6 +94,7 @@ def key(config: Any, kind: str, target: Target) -> str:
         mesh=config.mesh.to_dict(),
         mask_documents=config.data.mask_documents,
         target=(target.name, len(target.devices), target.platform, target.versions, target.compiler_options),
+        flags=os.environ.get("XLA_FLAGS", ""),
         code=_code(),
     )
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:32]

@@ -8,6 +8,7 @@ import gzip
 import json
 import os
 import sysconfig
+import textwrap
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -146,7 +147,7 @@ def _read_parquet(name: str, path: Path, data_config: Any) -> Iterator[Document]
                         raise ConfigError("config.data.text_field", field, message)
                     yield Document(f"{name}:{number}", text)
     except pyarrow.ArrowException as error:
-        raise _bad_path(data_config, f"{name} is not Parquet: {_one_line(error)}") from error
+        raise _bad_path(data_config, f"{name} is not Parquet: {one_line(error)}") from error
     except UnicodeDecodeError as error:
         message = f"{name} row {number}: byte {error.start} of the text is not UTF-8"
         raise _bad_path(data_config, message) from error
@@ -182,7 +183,7 @@ def _read_hub(data_config: Any) -> Iterator[Document]:
     except Exception as error:  # the hub's clients share no base class for what goes wrong
         raise _bad_path(
             data_config,
-            f"not readable from the Hugging Face hub ({_one_line(error)}); use a local copy",
+            f"not readable from the Hugging Face hub ({one_line(error)}); use a local copy",
         ) from error
 
 
@@ -227,5 +228,6 @@ def _bad_path(data_config: Any, message: str) -> ConfigError:
     return ConfigError("config.data.path", data_config.path, message)
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+def one_line(error: Exception) -> str:
+    """What went wrong, in 200 characters of whole words: the hub's clients write paragraphs."""
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")

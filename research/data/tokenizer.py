@@ -14,7 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from research.config import ConfigError
-from research.data.corpora import HUB_TIMEOUT
+from research.data.corpora import HUB_TIMEOUT, one_line
 
 EOT = "<|endoftext|>"
 EOT_NAMES = (EOT, "<|end_of_text|>", "<|eot|>", "<eos>", "</s>")  # as published tokenizers call it
@@ -146,7 +146,7 @@ def _from_hub(name: str) -> Tokenizer:
         HfApi().model_info(name, timeout=HUB_TIMEOUT)
         return Tokenizer.from_pretrained(name)
     except Exception as error:  # the hub's clients share no base class for what goes wrong
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise ConfigError(
             "config.data.tokenizer",
             name,
