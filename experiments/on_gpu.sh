@@ -25,10 +25,12 @@ checks() { JAX_PLATFORMS=cuda "$python" -m pytest -m gpu tests/test_gpu.py | tee
 benchmark() {
     # benchmark-original.json  dropout as published: ours, the original in PyTorch, eager and by torch.compile
     # benchmark-mixtral.json   gated experts, no dropout (cuDNN's attention can serve): ours, original, transformers' Mixtral
+    # benchmark-unrolled.json  ours, dropout as published, without a loop over layers: its copies cost about 2 ms of 32
     # benchmark-profile.json   ours, dropout as published: the parts of a step, and where its time goes by a trace
     local failed=0
     timed original --implementations=ours,original,compiled || failed=1
     timed mixtral --implementations=ours,original,mixtral --config.model.activation=swiglu --config.model.dropout=0 || failed=1
+    timed unrolled --implementations=ours --config.model.unroll=6 || failed=1
     timed profile --implementations=ours --profile="$folder/traces" || failed=1
     return $failed  # a row that failed is in the file; the others are measured all the same
 }

@@ -26,6 +26,7 @@ SOURCES = (
     "analysis/scratch",
     "attention",
     "chunked",
+    "cores",
     "dropout",
     "evaluate",
     "flash",
