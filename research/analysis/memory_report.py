@@ -219,8 +219,8 @@ def check_text(checked: Sequence[dict[str, Any]], drawn: set[str]) -> str:
         summary = (
             f"{len(errors)} steps: median error {ordered[len(errors) // 2]:+.1%}, "
             f"from {ordered[0]:+.1%} to {ordered[-1]:+.1%}; {off} off by more than {OFF:.0%}. On a CPU"
-            " the C library gave freed blocks of 4 MiB and more back at once: steps are slower by it, and a process that"
-            " lets it keep some of up to 32 MiB holds up to 14 % more."
+            " the C library gave freed blocks of 4 MiB and more back at once: steps are slower by it, and a process"
+            " that lets it keep some of up to 32 MiB holds up to 14 % more."
         )
     return f"## Is it true?\n\n{markdown(columns, rows)}\n\n{summary}\n\n{picture('check', drawn)}"
 
