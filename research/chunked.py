@@ -36,11 +36,9 @@ def chunked(
     dropout: float = 0.0,
     chunk: int = 256,
 ) -> jax.Array:
-    """Attention [B, T, H, K] of queries at positions start..start+T over the keys at 0..S at or before each.
+    """What `flash.flash` computes, of the same arguments, anywhere. chunk: queries of a block.
 
-    segments: int32 ([B, T], [B, S]), a query sees the keys of its own segment; None: all. words: random uint32
-    ([B, H, T], [B, H, S]) where `dropout` > 0, else None. start: int32 [], start + T <= S. chunk: queries of a block.
-    Local arrays: call it inside shard_map.
+    segments and words: a pair each, of the queries [B, T] and [B, H, T] and of the keys, or None.
     """
     batch, queries, heads, width = q_BTHK.shape
     block = block_of(queries, chunk)

@@ -11,7 +11,7 @@ PARTS = {
     "optimizer state": "from its shapes",
     "gradients": "float32, as large as the parameters, where the rest that does not grow with the batch holds them",
     "logits": "twice what half of config.model.loss_chunk saves",
-    "attention scores": "what a backend that keeps none saves (xla); twice what half a chunk saves (chunked)",
+    "attention scores": "what a backend that keeps none saves (xla); four thirds of what half a chunk saves (chunked)",
     "activations": "the rest that grows with the batch: the change from half of it, twice",
     "other": "updates, weights cast or gathered, tokens",
 }
