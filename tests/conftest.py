@@ -14,7 +14,9 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from research import sharding  # noqa: E402
+from research import cores, sharding  # noqa: E402
+
+cores.set_options()  # for every test, whichever compiles first
 
 
 @pytest.fixture

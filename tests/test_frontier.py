@@ -113,8 +113,8 @@ def test_a_batch_of_minus_one_is_filled_in(tmp_path):
         (dict(batch_size=-1), "config.batch_size=-1: plans the largest that fits: give config.memory_budget"),
         (dict(batch_size=-1, memory_budget="1KiB"), "config.eval.batch_tokens=64: evaluation alone needs"),
         (
-            dict(batch_size=-1, memory_budget="440KiB"),
-            "config.memory_budget='440KiB': too small for a step: 1 x 16 needs",
+            dict(batch_size=-1, memory_budget="400KiB"),
+            "config.memory_budget='400KiB': too small for a step: 1 x 16 needs",
         ),
         (dict(batch_size=-1, memory_budget="24 bananas"), "config.memory_budget='24 bananas': not a size of memory"),
     ],
