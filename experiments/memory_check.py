@@ -22,7 +22,7 @@ from research.files import write_text
 
 STEP = (sys.executable, "-m", "experiments.memory_step")
 # Of the C library: freed blocks of this size and more go back to the system at once. Else it keeps some of up to
-# 32 MiB, not always the same: one step of half a GiB took 0 % to 14 % more memory from run to run.
+# 32 MiB, not always the same: one step of half a GiB took 8 % to 14 % more than planned.
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**20)}
 
 
