@@ -53,7 +53,7 @@ def write(folder: Path) -> str:
         frontier_text(plan, drawn),
         parts_text(plan),
         law_text(plan, drawn),
-        check_text(checked, drawn),
+        check_text(checked, drawn, on_cpu=plan["platform"] == "cpu"),
     ]
     write_text(folder / "report.md", "\n\n".join(section for section in sections if section) + "\n")
     return f"{markdown(*frontier_table(plan))}\n\n{folder / 'report.md'}"
@@ -199,7 +199,7 @@ def _ratio_table(laws: Sequence[dict[str, Any]]) -> str:
     return markdown(columns, rows)
 
 
-def check_text(checked: Sequence[dict[str, Any]], drawn: set[str]) -> str:
+def check_text(checked: Sequence[dict[str, Any]], drawn: set[str], on_cpu: bool = False) -> str:
     """Predictions beside real steps; a run that failed is shown as such."""
     if not checked:
         return ""
@@ -218,9 +218,12 @@ def check_text(checked: Sequence[dict[str, Any]], drawn: set[str]) -> str:
         off = sum(abs(e) > OFF for e in errors)
         summary = (
             f"{len(errors)} steps: median error {ordered[len(errors) // 2]:+.1%}, "
-            f"from {ordered[0]:+.1%} to {ordered[-1]:+.1%}; {off} off by more than {OFF:.0%}. On a CPU"
-            " the C library gave freed blocks of 4 MiB and more back at once: steps are slower by it, and a process"
-            " that lets it keep some of up to 32 MiB holds up to 14 % more."
+            f"from {ordered[0]:+.1%} to {ordered[-1]:+.1%}; {off} off by more than {OFF:.0%}."
+        )
+    if errors and on_cpu:
+        summary += (
+            " On a CPU the C library gave freed blocks of 4 MiB and more back at once: steps are slower by it, and a"
+            " process that lets it keep some of up to 32 MiB holds up to 14 % more."
         )
     return f"## Is it true?\n\n{markdown(columns, rows)}\n\n{summary}\n\n{picture('check', drawn)}"
 
