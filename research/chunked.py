@@ -1,12 +1,13 @@
 """Causal attention that never keeps the [T, S] scores, in plain JAX: for a CPU, and where no kernel of ours serves.
 
-As in FlashAttention (Dao et al. 2022, arXiv:2205.14135) a block of queries meets a block of keys at a time, and pairs
-of blocks in which no query may see a key are left out. The loop over the pairs is the program's, so one pair's scores
-are all that there is at once: on a CPU they stay in its cache.
+As in FlashAttention (Dao et al. 2022, arXiv:2205.14135) a block of queries meets a block of keys at a time. The loops
+over them are the program's, so one pair's scores are all that there is at once: on a CPU they stay in its cache. Blocks
+of keys that no query of the block may see are left out, and those that every one may see are met without a mask.
 
 Dropout draws for every pair of a query's and a key's random word (dropout.py), whatever the blocks.
 
-Letters: B batch, T queries, S keys, H heads, K head width, R rows = B * H; q queries and s keys of a block.
+Letters: B batch, T queries, S keys, H heads, K head width, R rows = B * H; q queries and s keys of a block. What goes
+with queries is [..., T, 1] and what goes with keys [..., 1, S], with rows before these axes or without.
 """
 
 import functools
@@ -15,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from research.dropout import multipliers
 from research.remat import keep
@@ -23,7 +23,8 @@ from research.sharding import platform, varying, varying_axes
 
 MASKED = -1e30
 SCORES_BYTES = 256 * 2**20  # at once, on accelerators: a small part of their memory, and work enough for them
-FEW_PAIRS = 6  # of blocks: so many are written out on a CPU, where a turn of a loop costs as much as a small operation
+TURNS = "turns_"  # and a number, in the name of a loop: how often it turns, in the mean, for analysis/compute.py
+FEW_BLOCKS = 2  # of queries: written out on a CPU, where a turn of a loop costs as much as a small operation
 
 
 def chunked(
@@ -42,14 +43,15 @@ def chunked(
     """
     batch, queries, heads, width = q_BTHK.shape
     block = block_of(queries, chunk)
-    others = {}
+    of_queries, of_keys = {}, {}
     if segments is not None:
-        others |= dict(zip(("q_segments", "k_segments"), (jnp.repeat(x, heads, axis=0) for x in segments), strict=True))
+        of_queries["segments"], of_keys["segments"] = (jnp.repeat(x, heads, axis=0) for x in segments)
     if words is not None:
-        others |= dict(zip(("q_words", "k_words"), (x.reshape(batch * heads, -1) for x in words), strict=True))
-    q_RTK, k_RSK, v_RSK = keep([_fill_up(_to_rows(x), block) for x in (q_BTHK, k_BSHK, v_BSHK)])
-    others = {name: _fill_up(x, block) for name, x in others.items()}
-    out_RTK = _attend(q_RTK, k_RSK, v_RSK, others, start, dropout, block, k_BSHK.shape[1] - queries)
+        of_queries["words"], of_keys["words"] = (x.reshape(batch * heads, -1) for x in words)
+    of_queries = {name: _fill_up(x[:, :, None], block, 1) for name, x in of_queries.items()}
+    of_keys = {name: _fill_up(x[:, None, :], block, 2) for name, x in of_keys.items()}
+    q_RTK, k_RSK, v_RSK = keep([_fill_up(_to_rows(x), block, 1) for x in (q_BTHK, k_BSHK, v_BSHK)])
+    out_RTK = _attend(q_RTK, k_RSK, v_RSK, of_queries, of_keys, start, dropout, block, k_BSHK.shape[1] - queries)
     return out_RTK[:, :queries].reshape(batch, heads, queries, width).swapaxes(1, 2)
 
 
@@ -64,44 +66,44 @@ def _to_rows(x_BTHK: jax.Array) -> jax.Array:
     return x_BTHK.swapaxes(1, 2).reshape(batch * heads, length, width)
 
 
-def _fill_up(x_RT: jax.Array, block: int) -> jax.Array:
+def _fill_up(x: jax.Array, block: int, axis: int) -> jax.Array:
     """Whole blocks. What is added comes after every query that counts, and its own results are cut off."""
-    return jnp.pad(x_RT, [(0, 0), (0, -x_RT.shape[1] % block), *[(0, 0)] * (x_RT.ndim - 2)])
+    return jnp.pad(x, [(0, -x.shape[axis] % block if at == axis else 0) for at in range(x.ndim)])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _attend(q_RTK, k_RSK, v_RSK, others, start, dropout, block, before):
-    """before: keys before the first query of the last shard. others: segments and words of the rows, by name."""
-    return _attend_forward(q_RTK, k_RSK, v_RSK, others, start, dropout, block, before)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _attend(q_RTK, k_RSK, v_RSK, of_queries, of_keys, start, dropout, block, before):
+    """before: keys before the first query of the last shard. of_queries, of_keys: segments and words, by name."""
+    return _attend_forward(q_RTK, k_RSK, v_RSK, of_queries, of_keys, start, dropout, block, before)[0]
 
 
-def _attend_forward(q, k, v, others, start, dropout, block, before):
-    arrays = dict(q=q, k=k, v=v, **others)
-    out, lse = keep(_in_groups(functools.partial(_forward, start, dropout, block, before), arrays, block))
-    return out, (q, k, v, others, start, out, lse)
+def _attend_forward(q, k, v, of_queries, of_keys, start, dropout, block, before):
+    sides = dict(q=q, **of_queries), dict(k=k, v=v, **of_keys)
+    out, lse = keep(_in_groups(functools.partial(_forward, start, dropout, block, before), sides, block))
+    return out, (q, k, v, of_queries, of_keys, start, out, lse)
 
 
 def _attend_backward(dropout, block, before, saved, d_out):
-    q, k, v, others, start, out, lse = saved
-    delta = jnp.sum(d_out.astype(lse.dtype) * out.astype(lse.dtype), axis=-1)
-    arrays = dict(q=q, k=k, v=v, d_out=d_out, lse=lse, delta=delta, **others)
-    dq, dk, dv = _in_groups(functools.partial(_backward, start, dropout, block, before), arrays, block)
-    return dq, dk, dv, None, None
+    q, k, v, of_queries, of_keys, start, out, lse = saved
+    delta = jnp.sum(d_out.astype(lse.dtype) * out.astype(lse.dtype), axis=-1, keepdims=True)
+    sides = dict(q=q, d_out=d_out, lse=lse, delta=delta, **of_queries), dict(k=k, v=v, **of_keys)
+    dq, dk, dv = _in_groups(functools.partial(_backward, start, dropout, block, before), sides, block)
+    return dq, dk, dv, None, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _in_groups(run: Callable, arrays: dict[str, jax.Array], block: int) -> Any:
-    """CPU: a row (one head of one sequence) at a time, which makes plain matrix products of them all; else as many rows
-    at once as SCORES_BYTES hold, so that memory does not grow with the rows."""
-    rows = arrays["q"].shape[0]
+def _in_groups(run: Callable, sides: tuple[dict, dict], block: int) -> Any:
+    """`run(queries' arrays, keys' arrays)`. CPU: a row (one head of one sequence) at a time, which makes plain matrix
+    products of them all; else as many rows at once as SCORES_BYTES hold, so that memory does not grow with the rows."""
+    rows = sides[0]["q"].shape[0]
     size = 1 if platform() == "cpu" else rows_at_once(rows, block * block)
     if size == rows:
-        return run(arrays)
+        return run(*sides)
     groups = (rows // size,) if size == 1 else (rows // size, size)
-    grouped = jax.tree.map(lambda x: x.reshape(*groups, *x.shape[1:]), arrays)
-    outs = jax.lax.scan(lambda _, group: (None, run(group)), None, grouped)[1]
+    grouped = jax.tree.map(lambda x: x.reshape(*groups, *x.shape[1:]), sides)
+    outs = jax.lax.scan(lambda _, group: (None, run(*group)), None, grouped)[1]
     return jax.tree.map(lambda x: x.reshape(rows, *x.shape[len(groups) :]), outs)
 
 
@@ -111,91 +113,136 @@ def rows_at_once(rows: int, scores: int) -> int:
     return max(size for size in range(1, min(rows, most) + 1) if rows % size == 0)
 
 
-def _forward(start, dropout, block, before, arrays):
-    """(out [..., T, K], log [..., T] of the sums of the exponentials), with rows [R] before these axes or without."""
-    q, k, v = arrays["q"], arrays["k"], arrays["v"]
+def _forward(start, dropout, block, before, queries, keys):
+    """(out [..., T, K], log [..., T, 1] of the sums of the exponentials)."""
+    q, scale = queries["q"], queries["q"].shape[-1] ** -0.5
     exact = jnp.promote_types(q.dtype, jnp.float32)
 
-    def meet(carry, pair):
-        outs, largest, sums = carry
-        i, j = pair
-        scores = _scores(arrays, i, j, block, block, start)
-        old = _cut(largest, i, block)
-        new = jnp.maximum(old, scores.max(axis=-1))
-        exps, shrink = jnp.exp(scores - new[..., None]), jnp.exp(old - new)
-        sums = _paste(sums, _cut(sums, i, block) * shrink + exps.sum(axis=-1), i)
+    def meet(state, mine, i, j, size, masked):
+        (outs, largest, sums), _ = state
+        theirs = _keys_from(keys, j, size)
+        scores = _scores(mine, theirs, start + i - j if masked else None)
+        new = jnp.maximum(largest, scores.max(axis=-1, keepdims=True) * scale)
+        exps, shrink = jnp.exp(scores * scale - new), jnp.exp(largest - new)
+        sums = sums * shrink + exps.sum(axis=-1, keepdims=True)
         if dropout > 0:
-            exps = exps * _multipliers(arrays, i, j, block, block, dropout)
-        mixed = jnp.einsum("...qs,...sk->...qk", exps.astype(v.dtype), _cut(v, j, block, -2),
-                           preferred_element_type=exact)  # fmt: skip
-        outs = _paste(outs, _cut(outs, i, block, -2) * shrink[..., None] + mixed, i, -2)
-        return outs, _paste(largest, new, i), sums
+            exps = exps * multipliers(mine["words"], theirs["words"], dropout)
+        mixed = jnp.einsum("...qs,...sk->...qk", exps.astype(q.dtype), theirs["v"], preferred_element_type=exact)
+        return (outs * shrink + mixed, new, sums), ()
 
-    rows = _full(q, q.shape[:-1], 0, exact)
-    start_with = _full(q, q.shape, 0, exact), rows + MASKED, rows
-    outs, largest, sums = _over_pairs(meet, start_with, q.shape[-2], k.shape[-2], block, block, before)
-    return (outs / sums[..., None]).astype(q.dtype), largest + jnp.log(sums)
+    def one_block(_, number):
+        mine = _queries_from(queries, number * block, block)
+        rows = _full(q, (*mine["q"].shape[:-1], 1), 0, exact)
+        state = (_full(q, mine["q"].shape, 0, exact), rows + MASKED, rows), ()
+        (outs, largest, sums), _ = _over_keys(meet, state, mine, number, block, before, keys)
+        return (), ((outs / sums).astype(q.dtype), largest + jnp.log(sums))
+
+    return _over_queries(one_block, (), q.shape[-2], block)[1]
 
 
-def _backward(start, dropout, block, before, arrays):
+def _backward(start, dropout, block, before, queries, keys):
     """Gradients of q, k and v. Half as many keys at once: there are twice as many arrays of the size of the scores."""
-    q, k, v, d_out = (arrays[name] for name in ("q", "k", "v", "d_out"))
+    q, scale = queries["q"], queries["q"].shape[-1] ** -0.5
     exact = jnp.promote_types(q.dtype, jnp.float32)
-    keys = block // 2
+    product = functools.partial(jnp.einsum, preferred_element_type=exact)
 
-    def meet(carry, pair):
-        dq, dk, dv = carry
-        i, j = pair
-        q_i, d_i = (_cut(x, i, block, -2) for x in (q, d_out))
-        k_j, v_j = (_cut(x, j, keys, -2) for x in (k, v))
-        p = jnp.exp(_scores(arrays, i, j, block, keys, start) - _cut(arrays["lse"], i, block)[..., None])
-        d_p = jnp.einsum("...qk,...sk->...qs", d_i, v_j, preferred_element_type=exact)
-        kept = _multipliers(arrays, i, j, block, keys, dropout) if dropout > 0 else 1.0
-        d_scores = p * (d_p * kept - _cut(arrays["delta"], i, block)[..., None]) * q.shape[-1] ** -0.5
-        d_scores, p = d_scores.astype(q.dtype), (p * kept).astype(q.dtype)
-        product = functools.partial(jnp.einsum, preferred_element_type=exact)
-        dq = _paste(dq, _cut(dq, i, block, -2) + product("...qs,...sk->...qk", d_scores, k_j), i, -2)
-        dk = _paste(dk, _cut(dk, j, keys) + product("...qs,...qk->...ks", d_scores, q_i), j)
-        dv = _paste(dv, _cut(dv, j, keys) + product("...qs,...qk->...ks", p, d_i), j)
-        return dq, dk, dv
+    def meet(state, mine, i, j, size, masked):
+        dq, (dk, dv) = state
+        theirs = _keys_from(keys, j, size)
+        p = jnp.exp(_scores(mine, theirs, start + i - j if masked else None) * scale - mine["lse"])
+        d_p = product("...qk,...sk->...qs", mine["d_out"], theirs["v"])
+        kept = multipliers(mine["words"], theirs["words"], dropout) if dropout > 0 else 1.0
+        d_scores = (p * (d_p * kept - mine["delta"]) * scale).astype(q.dtype)
+        dq += product("...qs,...sk->...qk", d_scores, theirs["k"])
+        dk = _added(dk, product("...qs,...qk->...ks", d_scores, mine["q"]), j)
+        dv = _added(dv, product("...qs,...qk->...ks", (p * kept).astype(q.dtype), mine["d_out"]), j)
+        return dq, (dk, dv)
+
+    def one_block(of_keys, number):
+        mine = _queries_from(queries, number * block, block)
+        state = _full(q, mine["q"].shape, 0, exact), of_keys
+        dq, of_keys = _over_keys(meet, state, mine, number, block // 2, before, keys)
+        return of_keys, dq.astype(q.dtype)
 
     # dk and dv turned around: a product whose smaller operand comes second is the quicker one.
-    start_with = _full(q, q.shape, 0, exact), *[_full(x, x.mT.shape, 0, exact) for x in (k, v)]
-    dq, dk, dv = _over_pairs(meet, start_with, q.shape[-2], k.shape[-2], block, keys, before)
-    return dq.astype(q.dtype), dk.mT.astype(k.dtype), dv.mT.astype(v.dtype)
+    zeros = tuple(_full(keys[name], keys[name].mT.shape, 0, exact) for name in ("k", "v"))
+    (dk, dv), dq = _over_queries(one_block, zeros, q.shape[-2], block)
+    return dq, dk.mT.astype(q.dtype), dv.mT.astype(q.dtype)
 
 
-def _over_pairs(meet: Callable, carry: Any, queries: int, keys: int, block: int, keys_block: int, before: int) -> Any:
-    """`carry` after `meet(carry, (first query, first key))` of every pair of blocks that some shard needs."""
-    seen = [(i, min(before + i + block, keys)) for i in range(0, queries, block)]
-    pairs = np.array([(i, j) for i, stop in seen for j in range(0, stop, keys_block)], np.int32)
-    unroll = len(pairs) if platform() == "cpu" and len(pairs) <= FEW_PAIRS else 1
-    walk = functools.partial(jax.lax.scan, lambda carry, pair: (meet(carry, pair), None), unroll=unroll)
-    return walk(carry, (pairs[:, 0], pairs[:, 1]))[0]
+def _over_queries(one_block, carry, length, block):
+    """(carry, outs of all queries) of `one_block(carry, number of the block) -> (carry, outs of the block)`."""
+    if platform() != "cpu" or length > FEW_BLOCKS * block:
+        carry, outs = jax.lax.scan(one_block, carry, jnp.arange(length // block))
+        return carry, jax.tree.map(lambda x: _joined(jnp.moveaxis(x, 0, -3)), outs)
+    parts = []
+    for number in range(length // block):
+        carry, outs = one_block(carry, number)
+        parts.append(outs)
+    return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=-2), *parts)
 
 
-def _scores(arrays, i, j, queries, keys, start):
-    """Of a block of queries from i and a block of keys from j; MASKED where not allowed."""
-    q, k = _cut(arrays["q"], i, queries, -2), _cut(arrays["k"], j, keys, -2)
+def _over_keys(meet, state, mine, number, size, before, keys):
+    """`state` after that block of queries, `mine`, has met all keys that it may see on some shard, `size` at a time.
+
+    state: what goes with these queries, and what goes with all keys.
+    `meet(state, queries, first query, first key, keys, whether some may not be seen) -> state`.
+    """
+    queries = mine["q"].shape[-2]
+    i = number * queries
+    if before > 0:  # of these, each shard's queries see others
+        stop = jnp.minimum(before + i + queries, keys["k"].shape[-2])
+        turns = (stop - i + size - 1) // size
+        meet_masked = lambda turn, state: meet(state, mine, i, i + turn * size, size, True)  # noqa: E731
+        state = jax.lax.fori_loop(0, turns, meet_masked, state)
+    else:  # one shard: of the keys beside the queries, the first half have no use for the second
+        half = queries // 2
+        own, others = meet(state, mine, i, i, half, True)
+        later = jax.tree.map(lambda x: _cut(x, half, half), own)
+        later, others = meet((later, others), _queries_from(mine, half, half), i + half, i + half, half, True)
+        state = jax.tree.map(lambda x, y: jnp.concatenate([_cut(x, 0, half), y], axis=-2), own, later), others
+    each = queries // size
+    mean = (keys["k"].shape[-2] // queries - 1) / 2 * each
+    with jax.named_scope(f"{TURNS}{mean}"):
+        meet_one = lambda turn, state: meet(state, mine, i, turn * size, size, False)  # noqa: E731
+        return jax.lax.fori_loop(0, number * each, meet_one, state)
+
+
+def _scores(mine, theirs, ahead):
+    """Products of queries and keys, to be multiplied by K^-0.5; MASKED where not allowed.
+
+    ahead: position of the first query less that of the first key, None if all queries come after all keys.
+    """
+    q, k = mine["q"], theirs["k"]
     scores = jnp.einsum("...qk,...sk->...qs", q, k, preferred_element_type=jnp.promote_types(q.dtype, jnp.float32))
-    allowed = (start + i + jnp.arange(queries))[:, None] >= j + jnp.arange(keys)
-    if "q_segments" in arrays:
-        of_queries, of_keys = _cut(arrays["q_segments"], i, queries), _cut(arrays["k_segments"], j, keys)
-        allowed = allowed & (of_queries[..., None] == of_keys[..., None, :])
-    return jnp.where(allowed, scores * q.shape[-1] ** -0.5, MASKED)
+    if ahead is not None:
+        allowed = ahead + jnp.arange(q.shape[-2])[:, None] >= jnp.arange(k.shape[-2])
+        scores = jnp.where(allowed, scores, MASKED)
+    if "segments" in mine:
+        scores = jnp.where(mine["segments"] == theirs["segments"], scores, MASKED)
+    return scores
 
 
-def _multipliers(arrays, i, j, queries, keys, dropout):
-    of_queries, of_keys = _cut(arrays["q_words"], i, queries), _cut(arrays["k_words"], j, keys)
-    return multipliers(of_queries[..., None], of_keys[..., None, :], dropout)
+def _queries_from(queries, first, size):
+    return {name: _cut(x, first, size) for name, x in queries.items()}
 
 
-def _cut(x, first, size, axis=-1):
+def _keys_from(keys, first, size):
+    return {name: _cut(x, first, size, -2 if name in ("k", "v") else -1) for name, x in keys.items()}
+
+
+def _cut(x, first, size, axis=-2):
     return jax.lax.dynamic_slice_in_dim(x, first, size, axis=axis, allow_negative_indices=False)
 
 
-def _paste(x, part, first, axis=-1):
-    return jax.lax.dynamic_update_slice_in_dim(x, part, first, axis, allow_negative_indices=False)
+def _added(total, part, first):
+    part = _cut(total, first, part.shape[-1], -1) + part
+    return jax.lax.dynamic_update_slice_in_dim(total, part, first, -1, allow_negative_indices=False)
+
+
+def _joined(x):
+    """Blocks side by side: [..., blocks, q, K] to [..., T, K]."""
+    return x.reshape(*x.shape[:-3], -1, x.shape[-1])
 
 
 def _full(like, shape, value, dtype):

@@ -1,10 +1,13 @@
 """FLOPs counted in a traced program: those of the mathematics, each turn of a loop, each row with its own expert."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from research import flops, target
+from research import attention, flops, sharding, target
 from research.analysis import compute, frontier
 from tests.small import small_config
 
@@ -34,6 +37,20 @@ def test_each_row_is_multiplied_by_its_own_expert_alone():
     run = lambda x, w: jax.lax.ragged_dot(x, w, SIZES)  # noqa: E731
     assert counted(run, X, EXPERTS) == 2 * 6 * 4 * 3
     assert counted(lambda x, w: jax.vjp(run, x, w)[1](jnp.ones((6, 3))), X, EXPERTS) == 3 * 2 * 6 * 4 * 3
+
+
+@pytest.mark.parametrize("length", [8, 16, 24, 56])  # one block, written out, loops in loops
+def test_attention_meets_the_keys_before_its_queries_and_half_of_those_beside_them(length):
+    rows, width, block = 6, 4, 8
+    attend = functools.partial(attention.attend, backend="chunked", chunk=block)
+    with jax.set_mesh(sharding.make_mesh({"data": 1, "expert": 1, "seq": 1})):
+        q = jax.device_put(jnp.ones((3, length, 2, width)), P(sharding.BATCH, "seq", None, None))
+        forward = counted(attend, q, q, q)
+        both = counted(lambda *qkv: jax.vjp(attend, *qkv)[1](q), q, q, q)
+    blocks = length // block
+    pairs = blocks * (blocks - 1) // 2 * block**2 + blocks * (block * block // 2 + (block // 2) ** 2)
+    assert forward == 2 * 2 * rows * pairs * width
+    assert both == (2 + 5) * 2 * rows * pairs * width
 
 
 def test_what_cannot_be_known_is_refused():

@@ -1,11 +1,12 @@
 """What a step computes: the floating-point operations of its matrix products, counted in the traced program.
 
-Counted as written, recomputation and the optimiser's Newton-Schulz steps too, once for every turn of a scan; nothing is
+Counted as written, recomputation and the optimiser's Newton-Schulz steps too, once for every turn of a loop; nothing is
 compiled. The experts are traced with their ragged product, whose work is that of each row with its own expert, so tiles
 that are not full are not counted. (flops.py has what the mathematics needs, by formula.)
 """
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax
 
 from research.analysis import memory
 from research.analysis.frontier import with_fields
+from research.chunked import TURNS
 from research.config import validate
 from research.optimizer import make_schedule
 from research.sharding import AXES
@@ -46,11 +48,19 @@ def count(jaxpr: Any) -> int:
         elif name == "pallas_call":
             total += equation.params["cost_estimate"].flops
         elif name == "while":
-            raise ValueError("a while loop: how often it turns is not known before it runs")
+            total += int(_turns(equation) * count(equation.params["body_jaxpr"].jaxpr))
         else:
             turns = equation.params["length"] if name == "scan" else 1
             total += turns * sum(count(inner) for inner in _inside(equation.params))
     return total
+
+
+def _turns(equation: Any) -> float:
+    """Of a loop, in the mean, as its name says (a multiple of 1/2, and FLOPs are even: the product is exact)."""
+    turns = re.search(TURNS + r"(\d+\.\d+)", str(equation.source_info.name_stack))
+    if not turns:
+        raise ValueError("a while loop: how often it turns is not known before it runs, and its name does not say")
+    return float(turns[1])
 
 
 def _product(equation: Any) -> int:
