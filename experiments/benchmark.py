@@ -8,7 +8,8 @@ A step is everything: forward, backward, clipping, Muon and AdamW, in float32 un
 one step of each implementation and measures the machine, so that what slows the machine down slows
 all of them: on a CPU on all strategies, on a GPU on one after another, and what a strategy held is
 freed before the next. All train on the same random tokens, from random weights of the same
-distribution. Peers run where JAX runs, if PyTorch is installed (experiments/peers.py): `original`
+distribution. Peers run where JAX runs, if PyTorch is installed (experiments/peers.py), on a CPU in a
+process of their own (experiments/apart.py): `original`
 (tests/parity/original.py), written as the original experiment is; `compiled`, the same by
 torch.compile; `mixtral`, of Hugging Face transformers, beside our gated experts. It has dropout in one
 place of ours' five, so compare it without:
@@ -61,9 +62,6 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def main(argv: Sequence[str]) -> int:
-    # Before anything loads OpenMP, for the original's sake: where its threads spin while they wait, other work on the
-    # same cores makes a step hundreds of times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Or JAX takes three quarters of a GPU before a peer has begun.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     try:

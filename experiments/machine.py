@@ -16,24 +16,21 @@ COPY_BYTES = {"cpu": 2**28, "gpu": 2**30, "tpu": 2**30}
 TIMES = {"cpu": 1, "gpu": 10, "tpu": 10}
 
 
-def speeds(with_torch: bool, dtype: str) -> dict[str, Callable[[], float]]:
-    """Measurements by name: matmul of `dtype` in FLOP/s, copies of float32 (read plus written) in bytes/s."""
-    import jax
-
-    platform = jax.default_backend()
+def speeds(library: str, platform: str, dtype: str) -> dict[str, Callable[[], float]]:
+    """Measurements of a library, 'jax' or 'torch', by name: matmul_LIBRARY of `dtype` in FLOP/s, copy_LIBRARY of
+    float32 (read plus written) in bytes/s."""
     size, count, times = MATMUL_SIZE[platform], COPY_BYTES[platform] // 4, TIMES[platform]
-    work = _in_jax(size, count, times, dtype)
-    if with_torch:
-        work |= _in_torch(size, count, times, dtype, "cuda" if platform == "gpu" else "cpu")
-    amount = {"matmul": 2 * size**3 * times, "copy": 2 * 4 * count * times}
+    if library == "jax":
+        multiply, copy = _in_jax(size, count, times, dtype)
+    else:
+        multiply, copy = _in_torch(size, count, times, dtype, "cuda" if platform == "gpu" else "cpu")
+    return {
+        f"matmul_{library}": lambda: 2 * size**3 * times / seconds_of(multiply)[0],
+        f"copy_{library}": lambda: 2 * 4 * count * times / seconds_of(copy)[0],
+    }
 
-    def speed(name: str) -> float:
-        return amount[name.partition("_")[0]] / seconds_of(work[name])[0]
 
-    return {name: lambda name=name: speed(name) for name in work}
-
-
-def _in_jax(size: int, count: int, times: int, dtype: str) -> dict[str, Callable[[], Any]]:
+def _in_jax(size: int, count: int, times: int, dtype: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
     import jax
     import jax.numpy as jnp
 
@@ -46,10 +43,12 @@ def _in_jax(size: int, count: int, times: int, dtype: str) -> dict[str, Callable
             out = run(*arguments)
         jax.block_until_ready(out)
 
-    return {"matmul_jax": lambda: repeat(multiply, x, x), "copy_jax": lambda: repeat(add, y)}
+    return lambda: repeat(multiply, x, x), lambda: repeat(add, y)
 
 
-def _in_torch(size: int, count: int, times: int, dtype: str, device: str) -> dict[str, Callable[[], Any]]:
+def _in_torch(
+    size: int, count: int, times: int, dtype: str, device: str
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
     torch = prepare(device)
     a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
     c, d = (torch.randn(count, device=device) for _ in range(2))
@@ -61,7 +60,4 @@ def _in_torch(size: int, count: int, times: int, dtype: str, device: str) -> dic
         if device == "cuda":
             torch.cuda.synchronize()
 
-    return {
-        "matmul_torch": lambda: repeat(lambda: torch.matmul(a, b, out=product)),
-        "copy_torch": lambda: repeat(lambda: d.copy_(c)),
-    }
+    return lambda: repeat(lambda: torch.matmul(a, b, out=product)), lambda: repeat(lambda: d.copy_(c))

@@ -6,6 +6,7 @@ A contestant is (strategy, implementation). One that fails leaves its reason, an
 import argparse
 import contextlib
 import dataclasses
+import functools
 import gc
 import itertools
 import sys
@@ -16,8 +17,10 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from experiments import apart, machine
 from experiments.contestants import WITHOUT_GRAPHS, Step, build, build_ours, seconds_of
-from experiments.peers import WARM_UP
+from experiments.peers import WARM_UP, release
+from research import flops
 from research.config import ConfigError
 
 Contestant = tuple[str, str]  # strategy, implementation
@@ -27,20 +30,45 @@ def time_all(arguments: argparse.Namespace, configs: dict[str, ConfigDict]) -> d
     """One step of every contestant and one measurement of the machine a round, in turn."""
     import jax
 
-    from experiments import machine
-    from research import flops
-
     platform = jax.default_backend()
     others = [name for name in arguments.implementations if name != "ours"]
     if others and platform not in ("cpu", "gpu"):
         raise ConfigError("--implementations", others[0], f"runs on a CPU or GPU, JAX on {platform}; use ours")
     (dtype,) = {config.model.dtype for config in configs.values()}  # an override, or float32, for all of them
-    measures = machine.speeds(bool(others), dtype)
+    measures = machine.speeds("jax", platform, dtype)
+    build_peer, torch_speeds = build, machine.speeds
+    with contextlib.ExitStack() as stack:
+        if others and platform == "cpu":
+            pool = stack.enter_context(apart.process())
+            build_peer, torch_speeds = (functools.partial(f, pool) for f in (apart.build_in, apart.speeds_in))
+        if others:
+            measures |= torch_speeds("torch", platform, dtype)
+        results = rounds(arguments, configs, measures, build_peer)
+    return dict(
+        machine={name: spread(values) | dict(best=max(values)) for name, values in results.speeds.items()},
+        rows=compare(
+            results.seconds, results.facts, configs, results.speeds,
+            failed=results.failed, peak=flops.peak_flops(jax.devices()[0].device_kind),
+        ),
+        **results.profiles,
+    )  # fmt: skip
+
+
+def rounds(
+    arguments: argparse.Namespace,
+    configs: dict[str, ConfigDict],
+    measures: dict[str, Callable[[], float]],
+    build_peer: Callable,
+) -> "Results":
+    """On a CPU of all strategies, on a GPU of one after another. measures: of the machine, by name."""
+    import jax
+
+    on_gpu = jax.default_backend() == "gpu"
     for measure in measures.values():
         measure()
     results = Results({name: [] for name in measures})
-    for names in [[name] for name in configs] if platform == "gpu" else [list(configs)]:
-        steps, facts = build_all(arguments, configs, names, results)
+    for names in [[name] for name in configs] if on_gpu else [list(configs)]:
+        steps, facts = build_all(arguments, configs, names, build_peer, results)
         for number in range(arguments.repeats):
             for name, measure in measures.items():
                 results.speeds[name].append(measure())
@@ -53,18 +81,9 @@ def time_all(arguments: argparse.Namespace, configs: dict[str, ConfigDict]) -> d
                 profile(arguments, name, configs[name], steps.get((name, "ours")), results)
         del steps, facts  # and with them what they hold of the device
         gc.collect()
-        if others:
-            from experiments.peers import release
-
+        if on_gpu and arguments.implementations != ["ours"]:
             release()
-    return dict(
-        machine={name: spread(values) | dict(best=max(values)) for name, values in results.speeds.items()},
-        rows=compare(
-            results.seconds, results.facts, configs, results.speeds,
-            failed=results.failed, peak=flops.peak_flops(jax.devices()[0].device_kind),
-        ),
-        **results.profiles,
-    )  # fmt: skip
+    return results
 
 
 @dataclasses.dataclass
@@ -91,7 +110,11 @@ class Results:
 
 
 def build_all(
-    arguments: argparse.Namespace, configs: dict[str, ConfigDict], names: Sequence[str], results: Results
+    arguments: argparse.Namespace,
+    configs: dict[str, ConfigDict],
+    names: Sequence[str],
+    build_peer: Callable,
+    results: Results,
 ) -> tuple[dict[Contestant, Step], dict[Contestant, Callable]]:
     """(steps, facts) of the contestants of some strategies that can be built and have taken their steps to warm up."""
     import jax
@@ -102,7 +125,8 @@ def build_all(
         name, implementation = contestant
         progress(f"{name} {implementation}: build, and steps to warm up")
         with results.catching(contestant):
-            step, facts[contestant] = build(implementation, configs[name], "cuda" if on_gpu else "cpu")
+            make = build if implementation == "ours" else build_peer
+            step, facts[contestant] = make(implementation, configs[name], "cuda" if on_gpu else "cpu")
             for _ in range(WARM_UP.get(implementation, 3 if on_gpu else 1)):
                 step()
             steps[contestant] = step
@@ -189,8 +213,6 @@ def compare(
     its data sheet (bfloat16), or None. over_ours: a peer's seconds over ours, of the steps of one round. cost_per_token
     and flops_per_token_ratio: over those of the shortest strategy (the first is None where that one failed).
     """
-    from research import flops
-
     failed = failed or {}
     fastest = max(max(values) for name, values in speeds.items() if name.startswith("matmul"))
     shortest = min(configs, key=lambda name: configs[name].seq_len)

@@ -8,9 +8,12 @@ class ConfigError(ValueError):
     """A mistake of the user's: one line that names the field, its value and the fix."""
 
     def __init__(self, field: str, value: object, message: str):
-        shown = f"{value!r}" if value is not None else "unset"
-        super().__init__(f"{field}={shown}: {message}")
+        super().__init__(field, value, message)  # all three: another process may raise it, and it is made again here
         self.field = field
+
+    def __str__(self) -> str:
+        field, value, message = self.args
+        return f"{field}={value!r}: {message}" if value is not None else f"{field}=unset: {message}"
 
 
 CHOICES = {

@@ -2,15 +2,18 @@
 
 import importlib.util
 import json
+import os
 
 import jax
 import numpy as np
 import pytest
 
-from experiments import benchmark, contestants, parts, rounds, scopes, trace
+from experiments import apart, benchmark, contestants, parts, rounds, scopes, trace
 from experiments.benchmark_table import show
+from experiments.flags import load_config
 from research import flops, sharding, target
 from research.analysis import compute
+from research.config import ConfigError
 from tests.small import small_config
 
 TINY = [
@@ -166,6 +169,31 @@ def test_one_run_times_every_implementation_in_every_round(tmp_path, capsys):
     assert all(speed["best"] >= speed["median"] > 0 for speed in content["machine"].values())
     assert {"command", "date", "environment", "load_average", "scale"} <= content.keys()
     assert "balanced" in capsys.readouterr().out
+
+
+def test_a_contestant_in_another_process_takes_the_same_steps_and_its_mistakes_come_back():
+    config = load_config("configs/balanced.py:cpu", TINY)
+    wrong = load_config("configs/balanced.py:cpu", [*TINY, "--config.model.num_heads=3"])
+    here, _ = contestants.build("ours", config, "cpu")
+    with apart.process() as pool:
+        there, facts = apart.build_in(pool, "ours", config, "cpu")
+        assert [there() for _ in range(3)] == [here() for _ in range(3)]
+        assert facts()["compile_seconds"] > 0
+        with pytest.raises(ConfigError, match="config.model.d_model=32: .*num_heads") as caught:
+            apart.build_in(pool, "ours", wrong, "cpu")
+        assert caught.value.field == "config.model.d_model"
+        assert pool.submit(os.getpid).result() != os.getpid()
+
+
+@pytest.mark.skipif(IMPLEMENTATIONS == ["ours"], reason="needs torch")
+def test_peers_on_a_cpu_are_apart_and_wait_as_they_like(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    out, built = tmp_path / "cpu.json", []
+    monkeypatch.setattr(rounds, "build", lambda name, *args: built.append(name) or contestants.build(name, *args))
+    assert benchmark.main([f"--out={out}", "--repeats=1", "--strategies=balanced", *TINY]) == 0
+    ours, original = json.loads(out.read_text())["rows"]
+    assert built == ["ours"] and original["seconds"]["median"] > 0
+    assert original["wait_policy"] is None and "OMP_WAIT_POLICY" not in os.environ
 
 
 def test_steps_run_in_a_process_each_and_report_its_peak_memory(tmp_path):
