@@ -11,10 +11,17 @@
 #   waterfall  from the one to the other, a confound at a time
 # What is to be committed is left in FOLDER/checks.txt, FOLDER/benchmark-*.json, and the report folders in FOLDER/*.
 set -euo pipefail
+wrong() { echo "error: $1; bash experiments/on_gpu.sh FOLDER [STAGE] BOOKS.jsonl.gz" >&2; exit 2; }
+[ $# -eq 2 ] || [ $# -eq 3 ] || wrong "$# arguments, needs 2 or 3"
 folder=$1
 stage=all
 [ $# -lt 3 ] || { stage=$2; shift; }
 books=$2
+case $stage in
+    checks | benchmark | memory | published | study | waterfall | all) ;;
+    *) wrong "STAGE=$stage: choose checks, benchmark, memory, published, study, waterfall or all" ;;
+esac
+[ -r "$books" ] || wrong "BOOKS=$books: no file that can be read"
 python=${PYTHON:-python3}
 mkdir -p "$folder"
 corpus="--config.data.source=jsonl --config.data.path=$books --config.data.tokenizer=bpe"
@@ -57,8 +64,8 @@ waterfall() {  # 800 steps stay within one epoch of 25 M tokens; a small corpus 
         --config.train.steps=800 --config.data.max_tokens=400000
 }
 
-case $stage in
-    checks | benchmark | memory | published | study | waterfall) $stage ;;
-    all) checks && { benchmark || true; } && memory && published && study && waterfall ;;
-    *) echo "stage $stage: choose checks, benchmark, memory, published, study, waterfall or all" >&2; exit 2 ;;
-esac
+if [ "$stage" = all ]; then
+    checks && { benchmark || true; } && memory && published && study && waterfall
+else
+    $stage
+fi
