@@ -16,7 +16,7 @@ study: $(VENV)/ready
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# Against the independent PyTorch implementation in tests/parity/, and against transformers' Mixtral.
+# Against the independent PyTorch implementation in tests/parity/, and against transformers' Mixtral; the benchmark's peers.
 parity: $(VENV)/ready
 	$(BIN)/python -c "import torch, transformers" 2>/dev/null || $(BIN)/pip install -q "torch==2.13.0" "transformers==5.23.0"
 	$(BIN)/python -m pytest --override-ini=addopts= -q tests/parity

@@ -1,8 +1,8 @@
 """Contestants in a process of their own, where they are as quick as they are alone.
 
 On a CPU PyTorch's threads wait for work awake. In one process with ours they hold cores that ours needs, and told to
-sleep instead (OMP_WAIT_POLICY=passive) they make PyTorch itself a fifth slower. So there the peers, and what the
-machine does by PyTorch, live in another process, which sleeps between its turns.
+sleep instead (OMP_WAIT_POLICY=passive) they make PyTorch itself slower, by a fifth or so. So there the peers, and what
+the machine does by PyTorch, live in another process, which sleeps between its turns.
 """
 
 import contextlib

@@ -127,7 +127,9 @@ def _forward(start, dropout, block, before, queries, keys):
         sums = sums * shrink + exps.sum(axis=-1, keepdims=True)
         if dropout > 0:
             exps = exps * multipliers(mine["words"], theirs["words"], dropout)
-        mixed = jnp.einsum("...qs,...sk->...qk", exps.astype(q.dtype), theirs["v"], preferred_element_type=exact)
+        mixed = jnp.einsum(
+            "...qs,...sk->...qk", exps.astype(theirs["v"].dtype), theirs["v"], preferred_element_type=exact
+        )
         return (outs * shrink + mixed, new, sums), ()
 
     def one_block(_, number):
@@ -167,7 +169,7 @@ def _backward(start, dropout, block, before, queries, keys):
     # dk and dv turned around: a product whose smaller operand comes second is the quicker one.
     zeros = tuple(_full(keys[name], keys[name].mT.shape, 0, exact) for name in ("k", "v"))
     (dk, dv), dq = _over_queries(one_block, zeros, q.shape[-2], block)
-    return dq, dk.mT.astype(q.dtype), dv.mT.astype(q.dtype)
+    return dq, dk.mT.astype(keys["k"].dtype), dv.mT.astype(keys["v"].dtype)
 
 
 def _over_queries(one_block, carry, length, block):

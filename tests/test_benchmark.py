@@ -185,17 +185,6 @@ def test_a_contestant_in_another_process_takes_the_same_steps_and_its_mistakes_c
         assert pool.submit(os.getpid).result() != os.getpid()
 
 
-@pytest.mark.skipif(IMPLEMENTATIONS == ["ours"], reason="needs torch")
-def test_peers_on_a_cpu_are_apart_and_wait_as_they_like(tmp_path, monkeypatch):
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    out, built = tmp_path / "cpu.json", []
-    monkeypatch.setattr(rounds, "build", lambda name, *args: built.append(name) or contestants.build(name, *args))
-    assert benchmark.main([f"--out={out}", "--repeats=1", "--strategies=balanced", *TINY]) == 0
-    ours, original = json.loads(out.read_text())["rows"]
-    assert built == ["ours"] and original["seconds"]["median"] > 0
-    assert original["wait_policy"] is None and "OMP_WAIT_POLICY" not in os.environ
-
-
 def test_steps_run_in_a_process_each_and_report_its_peak_memory(tmp_path):
     out = tmp_path / "cpu.json"
     argv = [f"--out={out}", "--steps=2", "--strategies=balanced", *TINY]
