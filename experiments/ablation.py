@@ -19,7 +19,6 @@ says so), or 1.
 
 import argparse
 import json
-import os
 import shlex
 import signal
 import subprocess
@@ -44,8 +43,6 @@ STRATEGIES = ("large_batch", "balanced", "long_seq")
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 TRAIN = (sys.executable, "-m", "experiments.train")
 CHECK = (sys.executable, "-m", "experiments.ablation", "--check_only")
-# A step's arrays go back to the system when it ends; fetched anew in huge pages, they take hardly any page faults.
-MALLOC = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -255,7 +252,7 @@ def run_child(command: Sequence[str]) -> int:
 
     before = {number: signal.signal(number, hand_on) for number in SIGNALS}
     try:
-        child.append(subprocess.Popen(command, start_new_session=True, env=MALLOC | os.environ))
+        child.append(subprocess.Popen(command, start_new_session=True))
         if received:  # while it was starting
             child[0].send_signal(received[-1])
         code = child[0].wait()

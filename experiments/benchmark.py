@@ -180,7 +180,7 @@ def measure_memory(arguments: argparse.Namespace, configs: dict[str, ConfigDict]
 
 def describe(argv: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]:
     """Where and how the numbers were made."""
-    from research import metrics
+    from research import heaps, metrics
 
     others = [name for name in arguments.implementations if name != "ours"]
     versions = {NEEDS[name] for name in others} | ({"torch"} if others else set())
@@ -194,7 +194,7 @@ def describe(argv: Sequence[str], arguments: argparse.Namespace) -> dict[str, An
         repeats=arguments.steps or arguments.repeats,
         load_average=load,
         environment=metrics.environment(),
-        malloc=os.environ.get("GLIBC_TUNABLES"),
+        malloc=heaps.variables() or None,
         peers={name: importlib.metadata.version(name) for name in sorted(versions)},
     )
 

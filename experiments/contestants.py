@@ -30,7 +30,7 @@ def build_ours(config: ConfigDict, compiler_options: dict[str, Any] | None = Non
     """A step of research/, compiled, and what compilation took and needs."""
     import jax
 
-    from research import cores, sharding, step
+    from research import cores, heaps, sharding, step
     from research.model import ModelConfig, MoETransformer
     from research.optimizer import make_optimizer, make_schedule
 
@@ -44,8 +44,8 @@ def build_ours(config: ConfigDict, compiler_options: dict[str, Any] | None = Non
     with jax.set_mesh(mesh):
         state = jax.jit(lambda: step.init_state(model, transform, config.seed, shape))()
         batch = sharding.put_batch({k: x[None] for k, x in random_batch(config).items()}, mesh)
-        lowered = step.make_train_step(model, transform, schedule).lower(state, batch)
-        compiled = lowered.compile(compiler_options=compiler_options)
+        traced = step.make_train_step(model, transform, schedule).trace(state, batch)
+        compiled = traced.lower().compile(compiler_options=compiler_options or heaps.compiler_options(traced))
     compile_seconds = time.perf_counter() - began
 
     def take() -> float:

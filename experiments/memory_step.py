@@ -40,7 +40,7 @@ def measure(config) -> dict[str, float]:
     import jax
     import numpy as np
 
-    from research import checkpoint, cores, sharding, step
+    from research import checkpoint, cores, heaps, sharding, step
     from research.analysis import memory
     from research.config import validate
     from research.model import ModelConfig, MoETransformer
@@ -58,7 +58,8 @@ def measure(config) -> dict[str, float]:
         state = checkpoint.abstract(init, mesh)
         parts = config.train.accumulation
         batch = memory.abstract_batch(config, mesh, config.batch_size, config.seq_len, parts)
-        run = step.make_train_step(model, optimizer, schedule).lower(state, batch).compile()
+        traced = step.make_train_step(model, optimizer, schedule).trace(state, batch)
+        run = traced.lower().compile(compiler_options=heaps.compiler_options(traced))
         init = init.lower().compile()
         found = memory.usage_of(run)
         tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, batch["inputs"].shape, dtype=np.int32)

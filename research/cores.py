@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from research import heaps
+
 MOST = 8  # each holds the parameters and the optimiser's state, and all of them share one memory
 FLAG = "xla_force_host_platform_device_count"  # of those who say it themselves
 OPTIONS = {  # of XLA, that they may also say themselves; a step takes 3 to 7 % less time with both
@@ -19,11 +21,13 @@ OPTIONS = {  # of XLA, that they may also say themselves; a step takes 3 to 7 % 
 
 
 def as_devices() -> None:
-    """Call before anything else uses JAX: the CPU becomes a device a core, `MOST` at most, and XLA gets its OPTIONS.
+    """Call before anything else uses JAX: the CPU becomes a device a core, `MOST` at most, XLA gets its OPTIONS,
+    and steps keep their memory (heaps.py).
 
     Without effect where JAX has begun, or the number of its CPU devices is chosen already.
     """
     set_options()
+    heaps.keep()
     if FLAG in os.environ["XLA_FLAGS"] or jax.config.jax_num_cpu_devices > 0:
         return
     with contextlib.suppress(RuntimeError):  # JAX has begun: what there is has to do

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from research import loss_kernels
-from research.sharding import AXES, HIDDEN, TOKENS, varying, varying_axes, whole
+from research.sharding import AXES, HIDDEN, TOKENS, platform, varying, varying_axes, whole
 
 
 def cross_entropy_sums(
@@ -116,7 +116,9 @@ def _loss_sums_forward(x_ND, table_VD, targets_N, chunk):
         counted_C = targets_C >= 0
         scale_C1 = jnp.where(counted_C, 1 / sums_C, 0)[:, None]
         d_x = jnp.einsum("cv,vd->cd", d_logits, table_VD, preferred_element_type=jnp.float32) * scale_C1
-        scaled_DC = (x_CD.T * scale_C1.T).astype(x_CD.dtype)  # turned around here: a CPU's product does it slowly
+        scaled_DC = (x_CD.T * scale_C1.T).astype(x_CD.dtype)
+        if platform() == "cpu":  # turned around before the product, which does it slowly, as XLA would have it
+            scaled_DC = jax.lax.optimization_barrier(scaled_DC)
         d_table_DV += jnp.einsum("dc,cv->dv", scaled_DC, d_logits, preferred_element_type=jnp.float32)
         loss += jnp.sum(jnp.where(counted_C, lse_C - picked_C, 0))
         return ((loss, correct + jnp.sum(right_C)), d_table_DV), d_x.astype(x_CD.dtype)

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from research import checkpoint, cores, evaluate, files, flops, metrics, planner, result, sharding, step
+from research import checkpoint, cores, evaluate, files, flops, heaps, metrics, planner, result, sharding, step
 from research.config import num_steps, validate
 from research.data import stream, tokens
 from research.model import ModelConfig, MoETransformer
@@ -123,7 +123,8 @@ def _train(this: Run) -> dict[str, Any]:
         state, cursor = _start(this, manager, optimizer)
         with this.clocks.measure("compile"):
             batch = _next_batch(this, cursor)
-            compiled_step = step.make_train_step(this.model, optimizer, schedule).lower(state, batch).compile()
+            traced = step.make_train_step(this.model, optimizer, schedule).trace(state, batch)
+            compiled_step = traced.lower().compile(compiler_options=heaps.compiler_options(traced))
         with (
             metrics.MetricsWriter(this.workdir, int(state.step)) as writer,
             metrics.Progress(this.num_steps, int(state.step), config.strategy) as progress,

@@ -7,7 +7,6 @@ that are not full are not counted. (flops.py has what the mathematics needs, by 
 
 import math
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ from research.analysis import memory
 from research.analysis.frontier import with_fields
 from research.chunked import TURNS
 from research.config import validate
+from research.jaxprs import inside
 from research.optimizer import make_schedule
 from research.sharding import AXES
 from research.step import make_train_step
@@ -51,7 +51,7 @@ def count(jaxpr: Any) -> int:
             total += int(_turns(equation) * count(equation.params["body_jaxpr"].jaxpr))
         else:
             turns = equation.params["length"] if name == "scan" else 1
-            total += turns * sum(count(inner) for inner in _inside(equation.params))
+            total += turns * sum(count(part) for part in inside(equation.params))
     return total
 
 
@@ -76,12 +76,3 @@ def _ragged_product(equation: Any) -> int:
     lhs, rhs = (var.aval.shape for var in equation.invars[:2])
     inner = {*contracted, *batched, *numbers.rhs_group_dimensions}
     return 2 * math.prod(lhs) * math.prod(size for dim, size in enumerate(rhs) if dim not in inner)
-
-
-def _inside(params: dict[str, Any]) -> Iterator[Any]:
-    """The jaxprs among an equation's parameters."""
-    for value in params.values():
-        for item in value if isinstance(value, (tuple, list)) else (value,):
-            item = getattr(item, "jaxpr", item)
-            if hasattr(item, "eqns"):
-                yield item

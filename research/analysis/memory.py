@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from research import attention, checkpoint, evaluate, sharding, step
+from research import attention, checkpoint, evaluate, heaps, sharding, step
 from research.analysis import scratch
 from research.config import ConfigError, validate
 from research.model import ModelConfig, MoETransformer
@@ -64,7 +64,8 @@ def train_usage(config: Any, target: Target) -> Usage:
         model, optimizer, state = abstract_state(config, mesh)
         schedule = make_schedule(config.optimizer, config.optimizer.learning_rate, STEPS)
         batch = abstract_batch(config, mesh, config.batch_size, config.seq_len, config.train.accumulation)
-        return _compile(step.make_train_step(model, optimizer, schedule).lower(state, batch), target)
+        traced = step.make_train_step(model, optimizer, schedule).trace(state, batch)
+        return _compile(traced.lower(), target, heaps.compiler_options(traced))
 
 
 def eval_usage(config: Any, target: Target) -> Usage:
@@ -105,8 +106,8 @@ def abstract_batch(config: Any, mesh: Any, rows: int, length: int, microbatches:
     return dict.fromkeys(names, array)
 
 
-def _compile(lowered: Any, target: Target) -> Usage:
-    found = usage_of(lowered.compile(compiler_options=target.compiler_options or None))
+def _compile(lowered: Any, target: Target, options: dict[str, str] | None = None) -> Usage:
+    found = usage_of(lowered.compile(compiler_options=target.compiler_options or options))
     if found is None:
         raise ConfigError("--topology", target.name, "this backend does not say what memory a program takes")
     return found

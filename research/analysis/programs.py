@@ -31,6 +31,8 @@ SOURCES = (
     "evaluate",
     "flash",
     "grouped",
+    "heaps",
+    "jaxprs",
     "kernels",
     "loss",
     "loss_kernels",
