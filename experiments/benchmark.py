@@ -4,12 +4,12 @@
         --out=experiments/results/benchmark/cpu.json
 
 A step is everything: forward, backward, clipping, Muon and AdamW, in float32 unless
---config.model.dtype=bfloat16 is given; the machine's matmul is of the same type. Every round takes
-one step of each implementation and measures the machine, so that what slows the machine down slows
-all of them: on a CPU on all strategies, on a GPU on one after another, and what a strategy held is
-freed before the next. All train on the same random tokens, from random weights of the same
-distribution. Peers run where JAX runs, if PyTorch is installed (experiments/peers.py), on a CPU in a
-process of their own (experiments/apart.py): `original`
+--config.model.dtype=bfloat16 is given; the machine's matmul is of the same type. Every round times
+one step of each implementation, right after another of its own as in training, and measures the
+machine, so that what slows the machine down slows all of them: on a CPU on all strategies, on a GPU
+on one after another, and what a strategy held is freed before the next. All train on the same random
+tokens, from random weights of the same distribution. Peers run where JAX runs, if PyTorch is installed
+(experiments/peers.py), on a CPU in a process of their own (experiments/apart.py): `original`
 (tests/parity/original.py), written as the original experiment is; `compiled`, the same by
 torch.compile; `mixtral`, of Hugging Face transformers, beside our gated experts. It has dropout in one
 place of ours' five, so compare it without:

@@ -1,4 +1,4 @@
-"""The rounds of the benchmark: every contestant takes a step in each, in turn, and the machine is measured.
+"""The rounds of the benchmark: every contestant takes steps in each, in turn, and the machine is measured.
 
 A contestant is (strategy, implementation). One that fails leaves its reason, and the others go on.
 """
@@ -27,7 +27,7 @@ Contestant = tuple[str, str]  # strategy, implementation
 
 
 def time_all(arguments: argparse.Namespace, configs: dict[str, ConfigDict]) -> dict[str, Any]:
-    """One step of every contestant and one measurement of the machine a round, in turn."""
+    """One timed step of every contestant and one measurement of the machine a round, in turn."""
     import jax
 
     platform = jax.default_backend()
@@ -140,7 +140,10 @@ def take_turns(
     number: int,
     results: Results,
 ) -> None:
-    """A step of each contestant; one that fails takes no more."""
+    """A step of each contestant after another of its own, as in training; one that fails takes no more.
+
+    The first after a pause takes PyTorch up to half as long again: its threads have slept, and the caches are others'.
+    """
     for name in names:
         for implementation in arguments.implementations[:: -1 if number % 2 else 1]:  # each goes first in turn
             contestant = (name, implementation)
@@ -148,6 +151,7 @@ def take_turns(
                 continue
             gc.collect()
             with results.catching(contestant):
+                steps[contestant]()
                 taken, loss = seconds_of(steps[contestant])
                 results.seconds.setdefault(contestant, []).append(taken)
                 where = f"round {number + 1}/{arguments.repeats} {name} {implementation}"

@@ -7,6 +7,7 @@ so XLA has to ask for blocks of such a size.
 
 import ctypes
 import os
+import sys
 from typing import Any
 
 from research.jaxprs import largest_array
@@ -22,8 +23,10 @@ KEEP = {  # glibc's options, by their numbers in its malloc.h
 
 def keep() -> None:
     """The C library keeps what it is given back, for who asks next; unless it has been told something else."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it
-    if mallopt and not variables():
+    if sys.platform != "linux" or variables():
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:  # it is glibc
         for option, value in KEEP.items():
             mallopt(option, value)
 

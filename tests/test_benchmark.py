@@ -1,5 +1,6 @@
 """The benchmark times what it says, from arguments that it has checked."""
 
+import argparse
 import importlib.util
 import json
 import os
@@ -97,6 +98,25 @@ def test_an_implementation_that_fails_does_not_end_the_run(tmp_path, capsys, mon
     whole, failed = json.loads(out.read_text())["rows"]
     assert failed["failed"] == "RuntimeError: out of memory" and whole["tokens_per_second"] > 0
     assert "long_seq ours failed: RuntimeError: out of memory" in capsys.readouterr().out
+
+
+def test_a_timed_step_follows_another_of_the_same_contestant():
+    """And who goes first in one round goes last in the next."""
+    taken, names = [], ["ours", "original"]
+
+    def of(name):
+        def step():
+            taken.append(name)
+            return 1.0
+
+        return step
+
+    arguments = argparse.Namespace(implementations=names, repeats=2)
+    results, steps = rounds.Results({}), {("balanced", name): of(name) for name in names}
+    for number in range(2):
+        rounds.take_turns(arguments, ["balanced"], steps, number, results)
+    assert taken == ["ours", "ours", "original", "original", "original", "original", "ours", "ours"]
+    assert {name: len(x) for (_, name), x in results.seconds.items()} == {"ours": 2, "original": 2}
 
 
 JVP, BACK = "jit(train_step)/jvp(MoETransformer)", "jit(train_step)/transpose(jvp(MoETransformer))"
