@@ -59,7 +59,7 @@ def measure(config) -> dict[str, float]:
         parts = config.train.accumulation
         batch = memory.abstract_batch(config, mesh, config.batch_size, config.seq_len, parts)
         traced = step.make_train_step(model, optimizer, schedule).trace(state, batch)
-        run = traced.lower().compile(compiler_options=heaps.compiler_options(traced))
+        run = heaps.compiled(traced)
         init = init.lower().compile()
         found = memory.usage_of(run)
         tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, batch["inputs"].shape, dtype=np.int32)

@@ -124,7 +124,7 @@ def _train(this: Run) -> dict[str, Any]:
         with this.clocks.measure("compile"):
             batch = _next_batch(this, cursor)
             traced = step.make_train_step(this.model, optimizer, schedule).trace(state, batch)
-            compiled_step = traced.lower().compile(compiler_options=heaps.compiler_options(traced))
+            compiled_step = heaps.compiled(traced, this.num_steps)
         with (
             metrics.MetricsWriter(this.workdir, int(state.step)) as writer,
             metrics.Progress(this.num_steps, int(state.step), config.strategy) as progress,

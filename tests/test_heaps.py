@@ -8,6 +8,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.serialize_executable import serialize
 
 from research import heaps, jaxprs, sharding
 
@@ -75,28 +76,37 @@ def test_what_a_loop_keeps_of_all_turns_counts():
     assert jaxprs.largest_array(traced.jaxpr.jaxpr) == 7 * 3 * 4
 
 
-def test_only_a_cpus_program_of_small_arrays_is_in_blocks(monkeypatch):
-    def options(elements: int):
-        return heaps.compiler_options(jax.jit(lambda x: x + 1).trace(placed((elements,))))
+def test_only_a_cpus_program_of_small_arrays_and_many_runs_is_in_blocks(monkeypatch):
+    def options(elements: int, steps: float = heaps.LONG):
+        return heaps.compiler_options(jax.jit(lambda x: x + 1).trace(placed((elements,))), steps)
 
     with of_mesh(1):
         fits = heaps.BLOCK // 4
         assert options(fits) == {"xla_multiheap_size_constraint_per_heap": str(heaps.BLOCK)}
         assert options(fits + 1) is None
+        assert options(fits, steps=heaps.LONG - 1) is None
         monkeypatch.setattr(heaps, "platform", lambda: "gpu")
         assert options(fits) is None
 
 
+def six_at_once(x):
+    parts = [jnp.sin(x @ (x + i)) for i in range(6)]
+    return sum(parts[i] @ parts[-1 - i] for i in range(6))
+
+
 def test_a_program_in_blocks_takes_blocks():
     """XLA knows the option: no block is larger, and together they are no more than what is alive at once needs."""
-
-    def run(x):  # six arrays alive at once
-        parts = [jnp.sin(x @ (x + i)) for i in range(6)]
-        return sum(parts[i] @ parts[-1 - i] for i in range(6))
-
     with of_mesh(1):
-        traced = jax.jit(run).trace(placed((1024, 1024)))
-        options = heaps.compiler_options(traced)
-        one, blocks = (traced.lower().compile(compiler_options=given) for given in (None, options))
+        traced = jax.jit(six_at_once).trace(placed((1024, 1024)))
+        one, blocks = (heaps.compiled(traced, steps) for steps in (1, heaps.LONG))
     usage = [x.memory_analysis().temp_size_in_bytes for x in (one, blocks)]
     assert heaps.BLOCK < usage[0] <= usage[1] < 1.25 * usage[0]
+
+
+def test_what_is_run_a_few_times_is_kept_on_disk():
+    """As JAX's compilation cache does it, which only warns where it cannot: then each run compiles anew."""
+    with of_mesh(1):
+        traced = jax.jit(six_at_once).trace(placed((1024, 1024)))
+        assert serialize(heaps.compiled(traced, heaps.LONG - 1))
+        with pytest.raises(jax.errors.JaxRuntimeError, match="Multiple temp buffer"):  # else LONG has no purpose
+            serialize(heaps.compiled(traced, heaps.LONG))
