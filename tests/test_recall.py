@@ -193,4 +193,6 @@ def test_accuracy_is_counted_by_octaves_of_distance_over_all_seeds():
     assert entry["raw"][2]["low"] == 0 < entry["raw"][2]["high"] < 0.5  # Wilson's: no certainty from six
     assert [b["right"] for b in entry["window"]] == [2, 2, 6]
     assert entry["raw"][0]["sd"] == 0 and entry["raw"][0]["by_seed"] == [pytest.approx(2 / 3, abs=1e-6)] * 2
-    assert recall.share(entry["raw"][1]) == "50.0% [15.0%, 85.0%] (50%, 50%)"
+    assert recall.share(entry["raw"][1]) == "50% (50%, 50%)"
+    (alone,) = recall.analyse([arm_of(right, distances, seeds=1)])
+    assert recall.share(alone["raw"][1]) == "50.0% [9.5%, 90.5%]"  # of two answers

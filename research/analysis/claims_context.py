@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from research.analysis import claims_cost, claims_recall, evidence
+from research.analysis import recall as recall_task
 from research.analysis.context import TOLERANCE
 from research.analysis.evidence import CONDITIONS, FAILS, HOLDS, UNTESTED, Analysis, Judged, arms, listed
 
@@ -135,7 +136,7 @@ def _other_winners(analysis: Analysis) -> dict[str, list[str]]:
         far = max(b["from"] for b in recall[0]["raw"])
         shares = {e["strategy"]: b for e in recall for b in e["raw"] if b["from"] == far}
         best = max(shares.values(), key=lambda b: b["mean"])
-        leads = [name for name, b in shares.items() if b["high"] >= best["low"]]
+        leads = [name for name, b in shares.items() if not recall_task.above(best, b)]
         if len(leads) < len(shares) and best["low"] > recall[0]["chance"]:
             found[f"Most recalled at distances of {claims_recall.distances(best)} ({claims_recall.share(best)})"] = (
                 leads

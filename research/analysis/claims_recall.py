@@ -5,7 +5,7 @@ from typing import Any
 
 from research.analysis import evidence
 from research.analysis.evidence import CONDITIONS, FAILS, HOLDS, UNTESTED, Analysis, Judged, arms
-from research.analysis.recall import share
+from research.analysis.recall import above, share
 
 NOT_RUN = "The recall task was not run: it would show accuracy against distance."
 Entry = Mapping[str, Any]
@@ -35,8 +35,8 @@ def not_learnt(entry: Entry) -> str:
 def further(analysis: Analysis) -> tuple[bool | None, str]:
     """Whether the longest rows recall at distances beyond the shortest rows, where those do less.
 
-    True where at one of these distances Wilson's intervals lie apart, the longer above chance; False where at none the
-    longer is above both chance and the shorter.
+    True where at one of these distances the longer is shown to be above the shorter (recall.above) and chance; False
+    where at none its mean is above both.
     """
     found = entries(analysis)
     if len(found) < 2:
@@ -48,7 +48,7 @@ def further(analysis: Analysis) -> tuple[bool | None, str]:
         return None, f"The recall task has no distance beyond the {short['seq_len']:,} tokens of {short['strategy']}."
     if not learnt(long, short["seq_len"]):
         return None, not_learnt(long)
-    better = [b["low"] > a["high"] and b["low"] > long["chance"] for a, b in far]
+    better = [above(b, a) and b["low"] > long["chance"] for a, b in far]
     no_better = [b["mean"] <= a["mean"] or b["low"] <= long["chance"] for a, b in far]
     each = (f"{distances(b)}: {long['strategy']} {share(b)}, {short['strategy']} {share(a)}" for a, b in far)
     text = f"Recall beyond {short['seq_len']:,} tokens (chance {long['chance']:.1%}): {'; '.join(each)}."

@@ -119,6 +119,7 @@ def recall_figure(analysis: dict[str, Any], styles: Styles) -> Figure:
     """Accuracy by the distance to where the key was last said: whole documents, and windows of the trained length."""
     figure = Figure(figsize=(9.6, 4.1), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
+    thin = dict(linewidth=0.9, markersize=4, alpha=0.55, markeredgewidth=0)
     for axes, suite, title in zip(
         panels, ("raw", "window"), ("Whole documents (raw model)", "Windows of the trained length"), strict=True
     ):
@@ -127,15 +128,17 @@ def recall_figure(analysis: dict[str, Any], styles: Styles) -> Figure:
             middle = [(b["from"] * (b["to"] + 1)) ** 0.5 for b in entry[suite]]
             label = f"{entry['strategy']}  T={entry['seq_len']}"
             axes.plot(middle, [b["mean"] for b in entry[suite]], label=label, markeredgecolor="white", **style)
-            small = dict(color=style["color"], markersize=4, alpha=0.5, markeredgewidth=0)
-            for seed in zip(*(b["by_seed"] for b in entry[suite]), strict=True):
-                axes.plot(middle, seed, style["marker"], **small)
-            edges = [[b[end] for b in entry[suite]] for end in ("low", "high")]
-            axes.fill_between(middle, *edges, color=style["color"], alpha=0.15, lw=0)
+            seeds = list(zip(*(b["by_seed"] for b in entry[suite]), strict=True))
+            for seed in seeds if len(seeds) > 1 else ():
+                axes.plot(middle, seed, style["marker"], linestyle="-", color=style["color"], **thin)
+            if len(seeds) == 1:
+                edges = [[b[end] for b in entry[suite]] for end in ("low", "high")]
+                axes.fill_between(middle, *edges, color=style["color"], alpha=0.15, lw=0)
             axes.axvline(entry["seq_len"], ymax=0.04, color=style["color"], linewidth=2.2)
         axes.axhline(analysis["recall"][0]["chance"], color=FAINT, linestyle=":", linewidth=1.5)
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_locator(FixedLocator([b["from"] for b in analysis["recall"][0][suite]]))
+        bins = analysis["recall"][0][suite]
+        axes.xaxis.set_major_locator(FixedLocator([*(b["from"] for b in bins), bins[-1]["to"] + 1]))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_major_formatter(PercentFormatter(1))
@@ -143,7 +146,9 @@ def recall_figure(analysis: dict[str, Any], styles: Styles) -> Figure:
         axes.set_xlabel("tokens since the key was last said (log scale)")
         axes.set_title(title)
     panels[0].set_ylabel("answers that are right")
-    note = "small: single seeds;  bands: 95 % (Wilson);  dotted: chance;  ticks at the foot: trained lengths"
+    several = any(len(entry["seeds"]) > 1 for entry in analysis["recall"])
+    marks = "thin: single seeds, bold: their mean" if several else "bands: 95 % (Wilson)"
+    note = f"{marks};  dotted: chance;  ticks at the foot: trained lengths"
     legend(figure, panels[0], note)
     return figure
 

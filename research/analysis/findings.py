@@ -114,9 +114,10 @@ def recalls(analysis: dict[str, Any]) -> list[str]:
         each = ", ".join(f"{name} {recall.share(b)}" for name, b in bins.items() if b)
         said.append(f"in {reading}: {each}")
     to = 2 * farthest - 1
+    seeds = "; in brackets each seed" if len(found[0]["seeds"]) > 1 else ""
     return [
-        f"Recalled at distances of {farthest:,} to {to:,} tokens (chance {found[0]['chance']:.1%}; in brackets each "
-        f"seed), {'; '.join(said)}."
+        f"Recalled at distances of {farthest:,} to {to:,} tokens (chance {found[0]['chance']:.1%}{seeds}), "
+        f"{'; '.join(said)}."
     ]
 
 

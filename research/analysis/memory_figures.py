@@ -73,7 +73,7 @@ def frontier_figure(plan: dict[str, Any]) -> Figure:
     figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)), handlelength=3.4)
     held = f", {memory_report.label(shared)}" if shared and len(curves) > 1 else ""
     figure.supxlabel(
-        f"{plan['budget']} a device{held}, compiled for {plan['target']};  dotted: equal tokens a step",
+        f"{plan['budget']} a device{held}, compiled for {plan['target']};  grey: equal tokens a step",
         fontsize=9,
         color="#666666",
     )
@@ -87,13 +87,13 @@ def _name(choice: dict[str, Any], shared: dict[str, Any]) -> str:
 
 
 def _equal_tokens(axes: Axes, lengths: Sequence[int]) -> None:
-    """Dotted lines of equal tokens a step, each written where it leaves the panel on the left."""
+    """Pale lines of equal tokens a step, each written where it leaves the panel on the left."""
     low, high = axes.get_ylim()
     left, right = axes.get_xlim()
     axes.set_autoscale_on(False)
     for power in range(8, 28, 2):
         x = np.array([left, right])
-        axes.plot(x, 2.0**power / x, color=FAINT, linestyle=":", linewidth=0.9, zorder=0.5)
+        axes.plot(x, 2.0**power / x, color="#C8C8C8", linewidth=0.9, zorder=0.5)
         at = 2.0**power / left
         if low * 1.2 < at < high / 1.1:
             axes.annotate(
@@ -106,7 +106,7 @@ def _length_axis(axes: Axes, lengths: Sequence[int]) -> None:
     axes.xaxis.set_major_locator(FixedLocator(lengths))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.set_xlim(min(lengths) / 1.5, max(lengths) * 1.3)
+    axes.set_xlim(min(lengths) / 1.9, max(lengths) * 1.3)
     axes.set_xlabel("length (tokens a row, log scale)")
 
 
@@ -149,21 +149,26 @@ def law_figure(plan: dict[str, Any]) -> Figure:
 
 
 def check_figure(measured: Sequence[dict[str, Any]]) -> Figure:
-    """Measured over predicted memory of each step against what was predicted; the band is 10 %."""
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    """Measured over predicted memory of each step against its length; a length's largest step is filled."""
+    figure = Figure(figsize=(7.2, 4.0), layout="constrained")
     axes = figure.subplots()
     shared = memory_report.shared([run["choice"] for run in measured])
     names = list(dict.fromkeys(_name(run["choice"], shared) for run in measured))
     styles = styles_of(names)
-    for name in names:
+    for place, name in enumerate(names):
+        aside = 1.13 ** (place - (len(names) - 1) / 2)  # side by side, not on top of each other
         runs = [run for run in measured if _name(run["choice"], shared) == name]
-        ratios = [run["measured"] / run["predicted"] for run in runs]
-        axes.plot([r["predicted"] / GIB for r in runs], ratios, styles[name]["marker"], color=styles[name]["color"],
-                  markeredgecolor="white", label=name)  # fmt: skip
+        axes.plot([], [], styles[name]["marker"], color=styles[name]["color"], label=name)
+        for run in runs:
+            largest = run["batch"] == max(other["batch"] for other in runs if other["seq_len"] == run["seq_len"])
+            color = styles[name]["color"]
+            axes.plot(run["seq_len"] * aside, run["measured"] / run["predicted"], styles[name]["marker"], color=color,
+                      markerfacecolor=color if largest else "white")  # fmt: skip
     axes.axhline(1, color=FAINT, linewidth=1.2)
     axes.axhspan(0.9, 1.1, color=FAINT, alpha=0.15, lw=0)
-    axes.set_xlabel("predicted by the compiled program (GiB)")
+    _length_axis(axes, sorted({run["seq_len"] for run in measured}))
     axes.set_ylabel("measured while it runs / predicted")
-    axes.set_title("band: 10 %", fontsize=9, color="#666666")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=min(4, len(names)))
+    note = "filled: the largest batch that was tried at a length, open: smaller ones;  grey: 10 %"
+    figure.supxlabel(note, fontsize=9, color="#666666")
     return figure

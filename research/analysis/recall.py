@@ -68,18 +68,27 @@ def section(analysis: dict[str, Any]) -> Section | None:
 
 
 def share(b: dict[str, Any]) -> str:
-    """Accuracy in a bin of distances with its interval, and that of each seed: looking up is learnt all at once, or not
-    at all, so seeds may differ by more than the interval of their answers."""
-    text = f"{b['mean']:.1%} [{b['low']:.1%}, {b['high']:.1%}]"
-    return text if len(b["by_seed"]) < 2 else f"{text} ({', '.join(f'{seed:.0%}' for seed in b['by_seed'])})"
+    """Accuracy in a bin of distances, with each seed's, or of one seed with its interval.
+
+    Looking up is learnt all at once or not at all, so seeds differ by far more than the interval of their answers says.
+    """
+    if len(b["by_seed"]) < 2:
+        return f"{b['mean']:.1%} [{b['low']:.1%}, {b['high']:.1%}]"
+    return f"{b['mean']:.0%} ({', '.join(f'{seed:.0%}' for seed in b['by_seed'])})"
+
+
+def above(b: dict[str, Any], a: dict[str, Any]) -> bool:
+    """Whether one recalls more in a bin than another: in every seed, and by more than their answers leave to chance."""
+    return min(b["by_seed"]) > max(a["by_seed"]) and b["low"] > a["high"]
 
 
 def _table(found: Sequence[dict[str, Any]], suite: str) -> Table:
     bins = [(e["from"], e["to"]) for e in found[0][suite]]
     rows = tuple((e["strategy"], f"{e['seq_len']:,}", *(share(b) for b in e[suite])) for e in found)
     seeds = ", ".join(str(seed) for seed in found[0]["seeds"])
+    of = f"mean (seeds {seeds})" if len(found[0]["seeds"]) > 1 else "[95 %, Wilson]"
     note = (
-        f"Accuracy [95 %, Wilson, of the answers], all seeds together (and of seeds {seeds} each), in {SUITES[suite]}; "
-        f"chance is {found[0]['chance']:.1%}. Answers a cell: {found[0][suite][0]['answers']:,} or so."
+        f"Accuracy, {of}, in {SUITES[suite]}; chance is {found[0]['chance']:.1%}. "
+        f"Answers a cell: {found[0][suite][0]['answers']:,} or so."
     )
     return Table(("strategy", "trained at", *(f"{a:,} to {b:,}" for a, b in bins)), rows, note)

@@ -62,7 +62,7 @@ def _ranks(axes: Axes, stages: Sequence[Mapping[str, Any]]) -> None:
             axes.annotate(
                 label, (x, stage["order"].index(strategy) + 1), (0, -9), textcoords="offset points",
                 ha="center", va="top", fontsize=9, zorder=4,
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.8},
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
             )  # fmt: skip
     _mark_leaks(axes, stages, label=True)
     for x, (before, stage) in enumerate(itertools.pairwise(stages)):
@@ -102,7 +102,7 @@ def _gaps(axes: Axes, stages: Sequence[Mapping[str, Any]]) -> None:
     largest = max(row["loss"] - stage["rows"][0]["loss"] for stage in stages for row in stage["rows"])
     lows = [row["behind"]["low"] or 0 for stage in stages for row in stage["rows"] if row["behind"]]
     axes.set_ylim(min(-0.008, *lows, 0) * 1.2, max(0.1, largest) * 1.5)
-    axes.set_ylabel("loss above the stage's lowest\n(nats/token)")
+    axes.set_ylabel("loss above the stage's lowest\n(nats/token; linear up to 0.05, then log)")
     labels = [f"{stage['number']}\n" + "\n".join(textwrap.wrap(stage["name"], 11)) for stage in stages]
     axes.set_xticks(range(len(stages)), labels)
     _mark_leaks(axes, stages, label=False)
