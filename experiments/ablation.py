@@ -31,7 +31,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.flags import load_config
+from experiments.flags import as_folder, load_config, make_folder
 from research import sizes
 from research.analysis import findings, report, study
 from research.analysis.study import SETTINGS, Key
@@ -79,13 +79,14 @@ def main(
             return report_only(arguments.workdir)
         planned = plan(arguments)
         if arguments.check_only:
-            return check_all(planned)
+            return check_all(planned, arguments.workdir)
         if arguments.dry_run:
             print("\n".join(shlex.join(run.command(train, arguments.workdir)) for run in planned))
             return 0
         # In a child, so that this process holds no accelerator while the runs need it.
         if code := run_child([*check, *argv]):
             return code
+        make_folder(arguments.workdir)
         run_all(planned, arguments.workdir, train)
         return write_report(arguments.workdir)
     except ConfigError as error:
@@ -108,7 +109,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--scale", default="cpu", help="of the configs: cpu (default) or published")
-    parser.add_argument("--workdir", type=Path, required=True, help="each run gets a folder in it")
+    parser.add_argument("--workdir", type=as_folder, required=True, help="each run gets a folder in it")
     parser.add_argument("--strategies", type=_names, default=list(STRATEGIES), help="names of configs/*.py")
     parser.add_argument("--memory", default="", help="of a device, such as 24GiB: plans each strategy's batch size")
     parser.add_argument("--seeds", type=_names, default=[], help="such as 42,43,44; the config's own if not given")
@@ -164,6 +165,9 @@ def plan(arguments: argparse.Namespace) -> list[Planned]:
     """
     configs = {name: load_strategy(name, arguments.scale, arguments.overrides) for name in arguments.strategies}
     longest = max(config.seq_len for config in configs.values())
+    if "paired" in arguments.settings and any(c.data.protocol == "published" for c in configs.values()):
+        message = "the published protocol knows one order alone; add --config.data.protocol=clean, or leave it out"
+        raise ConfigError("--settings", "paired", message)
     planned = []
     for seed in arguments.seeds or [None]:
         for name, config in configs.items():
@@ -204,13 +208,24 @@ def _file(strategy: str, scale: str) -> str:
     return f"{path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}:{scale}"
 
 
-def check_all(planned: Sequence[Planned]) -> int:
-    """Checks the config of every run, but of one seed each. Raises: ConfigError for the first mistake."""
-    from research import planner, train  # in this child alone JAX starts
+def check_all(planned: Sequence[Planned], workdir: Path) -> int:
+    """Checks the config of every run, but of one seed each, and that the folders there are hold no other.
 
-    first = {(run.key.strategy, run.key.setting): run for run in reversed(planned)}
-    for run in first.values():
-        train.prepare(planner.planned(load_config(run.file, run.overrides)))
+    Raises: ConfigError for the first mistake.
+    """
+    from research import checkpoint, planner, train  # in this child alone JAX starts
+
+    fingerprints: dict[tuple[str, str], str] = {}
+    for run in planned:
+        folder, kind = workdir / run.key.name, (run.key.strategy, run.key.setting)
+        begun = (folder / "config.json").exists()
+        if kind in fingerprints and not begun:
+            continue
+        config = planner.planned(load_config(run.file, run.overrides), str(folder))
+        if kind not in fingerprints:
+            fingerprints[kind] = train.prepare(config)[0].fingerprint
+        if begun:
+            checkpoint.refuse_another(folder, config.to_dict(), fingerprints[kind])
     return 0
 
 
@@ -267,7 +282,6 @@ def run_child(command: Sequence[str]) -> int:
 
 def _record(workdir: Path, keys: Sequence[Key], exit_codes: dict[str, int]) -> None:
     """Remembers how each run ended, for the report; runs of earlier commands are kept."""
-    workdir.mkdir(parents=True, exist_ok=True)
     known, codes = _recorded(workdir)
     merged = [asdict(key) for key in dict.fromkeys([*known, *keys])]
     write_json(workdir / "ablation.json", {"runs": merged, "exit_codes": codes | exit_codes})

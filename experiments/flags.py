@@ -30,7 +30,22 @@ def read_flags(argv: Sequence[str]) -> tuple[ConfigDict, str]:
     for name, example in (("--config", "configs/balanced.py:cpu"), ("--workdir", "runs/balanced")):
         if name not in values:
             raise ConfigError(name, None, f"give it, such as {name}={example}")
-    return load_config(values["--config"], overrides), os.path.expanduser(values["--workdir"])
+    return load_config(values["--config"], overrides), str(as_folder(values["--workdir"]))
+
+
+def as_folder(name: str) -> Path:
+    """As every script reads a folder: a shell leaves the ~ of --workdir=~/runs to us."""
+    return Path(name).expanduser()
+
+
+def make_folder(folder: Path) -> None:
+    """Raises: ConfigError where it cannot be made, or not be written in."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("--workdir", str(folder), f"cannot be made: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise ConfigError("--workdir", str(folder), "cannot be written in")
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -51,13 +66,13 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> ConfigDict:
         path = field.removeprefix("config.")
         try:
             known = config_flags.config_path.get_value(path, config)
-        except (AttributeError, KeyError, TypeError):
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
             raise ConfigError(field, value, "no such field; configs/base.py names them all") from None
         if isinstance(known, ConfigDict):
             raise ConfigError(field, value, f"is a group; set one of its fields: {', '.join(known)}")
         try:
             _parse([f"--config={name}", override])
-        except (flags.Error, TypeError, ValueError) as error:
+        except (flags.Error, IndexError, TypeError, ValueError) as error:
             message = str(error).splitlines()[0].removeprefix(f"flag {override}: ")
             raise ConfigError(field, value, message) from None
     config = _parse([f"--config={name}", *overrides])

@@ -12,9 +12,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from experiments.flags import as_folder
 from research import sizes
 from research.analysis import memory_report
 from research.config import ConfigError
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m experiments.memory_check", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--workdir", type=Path, required=True, help="of a frontier")
+    parser.add_argument("--workdir", type=as_folder, required=True, help="of a frontier")
     parser.add_argument("--most", default="4GiB", help="that a step may need (default 4GiB)")
     arguments = parser.parse_args(argv)
     try:

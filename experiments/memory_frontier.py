@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.flags import load_config
+from experiments.flags import as_folder, load_config
 from research import sizes
 from research.config import CHOICES, ConfigError
 
@@ -72,7 +72,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--topology", default="", help="an accelerator that is not here, such as h200 or v5e:2x4")
     parser.add_argument("--law", action="store_true", help="fit a + b B T + c B T^2 for each attention backend")
     parser.add_argument("--parts", action="store_true", help="what the memory of each cell is made of")
-    parser.add_argument("--workdir", type=Path, default=Path("runs/frontier"))
+    parser.add_argument("--workdir", type=as_folder, default=Path("runs/frontier"))
     parser.add_argument("--report_only", action="store_true", help="make the report again, compile nothing")
     arguments, rest = parser.parse_known_args(argv)
     for given in rest:

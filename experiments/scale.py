@@ -17,7 +17,7 @@ from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # simulated devices, whatever is here
 
-from experiments.flags import load_config  # noqa: E402
+from experiments.flags import as_folder, load_config  # noqa: E402
 from research import target  # noqa: E402
 from research.analysis import scale, scale_report  # noqa: E402
 from research.config import ConfigError  # noqa: E402
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m experiments.scale", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--workdir", type=as_folder, required=True)
     parser.add_argument("--scale", default="published")
     parser.add_argument("--tokens", type=int, default=2**20, help="a step (default 1,048,576)")
     parser.add_argument("--devices", default="8,64,1024")

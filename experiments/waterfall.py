@@ -26,7 +26,7 @@ from typing import Any
 from configs.waterfall import SCALES, STRATEGIES
 from experiments import waterfall_plan as plans
 from experiments.ablation import Interrupted, run_child
-from experiments.flags import load_config
+from experiments.flags import as_folder, load_config, make_folder
 from experiments.waterfall_plan import STAGES, Losses, Plan, Run
 from research import files
 from research.analysis import waterfall, waterfall_report
@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None, train: Sequence[str] = TRAIN, check:
         # In a child, so that this process holds no accelerator while the runs need it.
         if code := run_child([*check, *argv]):
             return code
+        make_folder(plan.workdir)
         claim(plan)
         for number in range(len(plan.stages)):
             run_stage(plan, number, train)
@@ -77,7 +78,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     )
     parser.add_argument("--scale", default="cpu", help=f"one of {', '.join(SCALES)}; default cpu")
     parser.add_argument("--smoke", action="store_true", help="the same as --scale=smoke")
-    parser.add_argument("--workdir", type=Path, required=True, help="each run gets a folder in it")
+    parser.add_argument("--workdir", type=as_folder, required=True, help="each run gets a folder in it")
     parser.add_argument("--seeds", help="of the last stage, divided by commas")
     parser.add_argument("--until", type=int, default=len(STAGES) - 1, help="the last stage to run")
     mode = parser.add_mutually_exclusive_group()
@@ -129,7 +130,6 @@ def read_state(workdir: Path) -> dict[str, Any]:
 
 
 def write_state(workdir: Path, state: Mapping[str, Any]) -> None:
-    workdir.mkdir(parents=True, exist_ok=True)
     files.write_json(workdir / STATE, state)
 
 

@@ -24,10 +24,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from research.config import ConfigError
+from research.config import ConfigError, differences
 
-# Where a resume may differ from the run it goes on with: what is computed stays the same.
-FREE = ("mesh", "train.log_every", "train.checkpoint_every", "train.keep_last", "train.keep_best", "data.cache_dir")
 log = logging.getLogger(__name__)
 
 
@@ -179,28 +177,29 @@ def claim_workdir(workdir: str, config: dict[str, Any], fingerprint: str) -> Ite
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ConfigError("--workdir", workdir, "another process is running in it") from None
-        _claim(folder, json.loads(json.dumps(config)), fingerprint)
+        _claim(folder, config, fingerprint)
         yield
 
 
 def _claim(folder: Path, config: dict[str, Any], fingerprint: str) -> None:
     path = folder / "config.json"
-    if not path.exists():
-        new = path.with_suffix(".json.new")
-        new.write_text(json.dumps(dict(config, fingerprint=fingerprint), indent=1) + "\n")
-        os.replace(new, path)
+    if path.exists():
+        refuse_another(folder, config, fingerprint)
         return
-    before = json.loads(path.read_text())
-    if before.pop("fingerprint") != fingerprint:
+    new = path.with_suffix(".json.new")
+    new.write_text(json.dumps(dict(config, fingerprint=fingerprint), indent=1) + "\n")
+    os.replace(new, path)
+
+
+def refuse_another(folder: Path, config: dict[str, Any], fingerprint: str) -> None:
+    """Raises: ConfigError where a folder's config.json is of another config, or on another corpus."""
+    try:
+        before = json.loads((folder / "config.json").read_text())
+        corpus = before.pop("fingerprint")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        message = "its config.json is damaged or not a run's; choose another folder"
+        raise ConfigError("--workdir", str(folder), message) from None
+    if corpus != fingerprint:
         raise ConfigError("--workdir", str(folder), "holds a run on another corpus; choose another folder")
-    for field, (old, new) in _differences(before, config):
-        if not any(field == free or field.startswith(f"{free}.") for free in FREE):
-            raise ConfigError(f"config.{field}", new, f"{folder} holds a run with {old!r}; choose another --workdir")
-
-
-def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in sorted({*old, *new}):
-            yield from _differences(old.get(name), new.get(name), f"{path}.{name}".lstrip("."))
-    elif old != new:
-        yield path, (old, new)
+    for field, (old, new) in differences(before, json.loads(json.dumps(config))):
+        raise ConfigError(f"config.{field}", new, f"{folder} holds a run with {old!r}; choose another --workdir")

@@ -1,6 +1,7 @@
 """One place where a config is checked, whole, before anything compiles or is written."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -38,12 +39,28 @@ AT_LEAST_ZERO = (
     "optimizer.clip_norm", "train.eval_every", "train.checkpoint_every", "data.shuffle_block",
     "data.max_documents", "data.max_document_chars", "data.max_tokens", "data.max_epochs",
 )  # fmt: skip
+SEEDS = ("seed", "data.split_seed")
 SHARES = ("model.dropout", "optimizer.momentum", "optimizer.beta1", "optimizer.beta2")  # [0, 1)
 FRACTIONS = ("optimizer.warmup_fraction", "optimizer.decay_fraction", "optimizer.final_fraction")  # [0, 1]
 POSITIVE = (
     "optimizer.learning_rate", "optimizer.adamw_learning_rate", "optimizer.epsilon",
     "model.rope_base", "model.norm_epsilon", "model.init_stddev",
 )  # fmt: skip
+
+
+# Where a run that goes on may differ from the one before: what is computed stays the same.
+FREE = ("mesh", "train.log_every", "train.checkpoint_every", "train.keep_last", "train.keep_best", "data.cache_dir")
+
+
+def differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """(field, (old value, new value)) where two configs, as dicts of JSON, compute something else."""
+    if path in FREE:
+        return
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted({*old, *new}):
+            yield from differences(old.get(name), new.get(name), f"{path}.{name}".lstrip("."))
+    elif old != new:
+        yield path, (old, new)
 
 
 def num_steps(config: Any) -> int:
@@ -85,6 +102,7 @@ def _validate_ranges(config: Any) -> None:
             raise ConfigError(f"config.{name}", _field(config, name), f"choose one of {', '.join(choices)}")
     _require(config, AT_LEAST_ONE, lambda v: v >= 1, "must be 1 or more")
     _require(config, AT_LEAST_ZERO, lambda v: v >= 0, "must be 0 or more")
+    _require(config, SEEDS, lambda v: 0 <= v < 2**63, "must lie between 0 and 2^63 - 1")
     _require(config, SHARES, lambda v: 0 <= v < 1, "must be 0 or more, and less than 1")
     _require(config, FRACTIONS, lambda v: 0 <= v <= 1, "must lie between 0 and 1")
     _require(config, POSITIVE, lambda v: v > 0, "must be more than 0")
@@ -174,7 +192,11 @@ def _cudnn_problem(config: Any, mesh_shape: tuple[int, int, int], head_dim: int)
 
 def _validate_eval(config: Any) -> None:
     contexts = config.eval.contexts
-    if not contexts or any(c < 4 or c % 4 for c in contexts) or list(contexts) != sorted(set(contexts)):
+    if (
+        not contexts
+        or any(not isinstance(c, int) or c < 4 or c % 4 for c in contexts)
+        or list(contexts) != sorted(set(contexts))
+    ):
         raise ConfigError(
             "config.eval.contexts", tuple(contexts), "give rising multiples of 4 tokens, such as (24, 96)"
         )

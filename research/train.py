@@ -5,6 +5,7 @@ config -> validate -> corpus -> state (new, or of the newest checkpoint) -> step
 
 import contextlib
 import dataclasses
+import math
 import os
 import signal
 import sys
@@ -165,6 +166,8 @@ def _loop(this, state, cursor, compiled_step, manager, writer, progress):
     now, scores, pending = int(state.step), None, None
     if now and _due(now, train.eval_every) and not _evaluated(this, now):  # a signal cut it short
         scores = _evaluate(this, state.params, compiled_eval, now, cursor, writer)
+        if scores is None:
+            raise _stopped(this, now)  # its checkpoint is there, and the evaluation is still owed
     while now < this.num_steps:
         with this.clocks.measure("train"):
             state, fetched = compiled_step(state, _next_batch(this, cursor))
@@ -186,15 +189,17 @@ def _loop(this, state, cursor, compiled_step, manager, writer, progress):
         if saves or stops:
             _save(this, manager, now, cursor, state, scores if evaluates else None)
         if stops and not last:
-            raise Interrupted(
-                this.signals[0],
-                f"stopped at step {now} of {this.num_steps}, saved; the same command goes on from there",
-            )
+            raise _stopped(this, now)
     if scores is None:  # the newest checkpoint was of the last step, or a signal cut the evaluation short
         scores = _evaluate(this, state.params, compiled_eval, now, cursor, writer)
     if scores is None:
         raise Interrupted(this.signals[0], "stopped in the last evaluation; the same command goes on from there")
     return scores
+
+
+def _stopped(this: Run, now: int) -> Interrupted:
+    message = f"stopped at step {now} of {this.num_steps}, saved; the same command goes on from there"
+    return Interrupted(this.signals[0], message)
 
 
 def _evaluated(this: Run, now: int) -> bool:
@@ -210,10 +215,7 @@ def _fetch(this: Run, now: int, cursor: int, fetched: dict[str, Any]) -> dict[st
     """Waits for a step and returns its row; stops the run where it is not finite."""
     got = jax.tree.map(np.asarray, fetched)
     if not (np.isfinite(got["loss"]) and np.isfinite(got["grad_norm"])):
-        raise DivergedError(
-            f"step {now}: loss {got['loss']}, gradient norm {got['grad_norm']}: not finite;"
-            " lower config.optimizer.learning_rate, in a new --workdir"
-        )
+        raise _diverged(now, f"loss {got['loss']}, gradient norm {got['grad_norm']}")
     row = _position(this, now, cursor) | {
         "train/loss": float(got["loss"]),
         "train/balance_loss": float(got["balance_loss"]),
@@ -228,6 +230,10 @@ def _fetch(this: Run, now: int, cursor: int, fetched: dict[str, Any]) -> dict[st
         for (layer, expert), value in np.ndenumerate(got["router"][name]):
             row[f"moe/{name}/layer_{layer:02d}/expert_{expert:02d}"] = float(value)
     return row
+
+
+def _diverged(now: int, what: str) -> DivergedError:
+    return DivergedError(f"step {now}: {what}: not finite; lower config.optimizer.learning_rate, in a new --workdir")
 
 
 def _position(this: Run, now: int, cursor: int) -> dict[str, Any]:
@@ -269,6 +275,8 @@ def _evaluate(this, params, compiled, now, cursor, writer) -> dict[str, result.S
             if found is None:
                 return None
             scores[name] = result.Scores.of(*found, this.corpus.token_bytes, suite)
+            if not math.isfinite(scores[name].summary["loss"]):  # the last update broke the model
+                raise _diverged(now, f"held-out loss {scores[name].summary['loss']}")
     row = _position(this, now, cursor)
     for name, score in scores.items():
         for measure in ("loss", "perplexity", "accuracy", "bits_per_byte"):

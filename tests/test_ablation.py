@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from experiments.ablation import STRATEGIES, load_strategy, main
+from research import checkpoint
 
 TRAIN = (sys.executable, "-m", "tests.fake_runs")
 PASS = (sys.executable, "-c", "pass")
@@ -125,6 +126,9 @@ def test_a_missing_seed_is_in_the_report_and_in_the_exit_code(tmp_path):
         (["--seeds=1,2", "--config.seed=3"], "--seeds='1,2'"),
         (["--settings=paired,odd"], "--settings='odd'"),
         (["--settings=paired", "--config.data.shuffle_block=2048"], "--settings='paired'"),
+        (["--settings=paired", "--config.data.protocol=published"], "--settings='paired'"),
+        (["--config.=1"], "config."),
+        (["--config.eval.contexts[9]=4"], "config.eval.contexts[9]"),
         (["--settings=recall", "--recall.model.depth=4"], "config.model.depth='4'"),
         (["--strategies=,"], "--strategies=''"),
         (["--memory=24 bananas"], "--memory='24 bananas'"),
@@ -151,6 +155,35 @@ def test_check_only_refuses_what_a_run_would_refuse(tmp_path, capsys, override, 
     error = capsys.readouterr().err
     assert named in error and error.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_study_of_another_config_is_refused_and_stays(tmp_path, capsys):
+    """The child that checks reads the folders that are there."""
+    run, text = tmp_path / "balanced-independent-42", tmp_path / "text"
+    with checkpoint.claim_workdir(str(run), load_strategy("balanced", "cpu", []).to_dict(), "of another text"):
+        pass
+    before = (run / "config.json").read_bytes()
+    text.mkdir()
+    for i in range(40):
+        (text / f"{i}.txt").write_text(f"text number {i} " * 2000)
+    fields = dict(source="text", path=text, cache_dir=tmp_path / "cache", tokenizer="bytes", max_epochs=0)
+    overrides = [f"--config.data.{name}={value}" for name, value in fields.items()]
+    assert ablation(tmp_path, "--check_only", "--strategies=balanced", *overrides) == 2
+    assert "another corpus; choose another folder" in capsys.readouterr().err
+    assert (run / "config.json").read_bytes() == before
+
+
+def test_a_home_is_the_home_of_every_child(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["--workdir=~/study", "--dry_run"]) == 0
+    said = capsys.readouterr().out
+    assert f"--workdir={tmp_path}/study/balanced-independent-42" in said and "~" not in said
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert ablation(tmp_path / "file" / "runs") == 2
+    assert "cannot be made" in capsys.readouterr().err
 
 
 def test_all_are_checked_before_the_first_starts(tmp_path):
@@ -207,3 +240,5 @@ def test_report_only_needs_no_more_than_the_data_files(tmp_path):
     assert ablation(committed, "--report_only") == 0
     for name in ("report.md", "report.html", "results.json"):
         assert (committed / name).read_bytes() == (made / name).read_bytes()
+    (committed / "results.json").write_text('{"study": {}, "runs": [{"name": "of a waterfall"}]}')
+    assert ablation(committed, "--report_only") == 2

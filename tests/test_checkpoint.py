@@ -323,6 +323,13 @@ def test_another_config_is_refused_by_its_first_field_and_changes_nothing(claime
     assert contents(claimed) == before
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "mixtral"}'])
+def test_a_config_that_is_not_a_runs_is_refused_and_stays(claimed, content):
+    (claimed / "config.json").write_text(content)
+    assert "not a run's" in refusal(claimed)
+    assert (claimed / "config.json").read_text() == content
+
+
 def test_another_corpus_is_refused(claimed):
     before = contents(claimed)
     assert "another corpus" in refusal(claimed, CONFIG, "b")

@@ -237,6 +237,14 @@ def test_what_is_absent_decides_nothing_and_breaks_nothing(absent):
         assert sum(v == UNTESTED for v in left.values()) >= sum(v == UNTESTED for v in whole.values())
 
 
+def test_strategies_of_one_shape_are_no_test_of_a_length():
+    """A fork's variant beside what it came from: same rows, same length."""
+    found = analysis(shapes=dict.fromkeys(SHAPES, (16, 512)), recall=RECALLS, paired=LOSSES)
+    said = {v.claim: v for v in claims.verdicts({"analysis": found})}
+    assert sum("rows of one length" in verdict.evidence for verdict in said.values()) >= 3
+    assert verdict_on("2x length", found) == verdict_on("slower per step", found) == UNTESTED
+
+
 def test_a_missing_strategy_is_named_where_a_claim_is_about_it():
     found = analysis()
     found["arms"] = [arm for arm in found["arms"] if arm["strategy"] != "balanced"]

@@ -9,12 +9,14 @@ from research.analysis.study import Arm, Key, Run
 DOCUMENTS = np.arange(30).repeat(20)
 
 
-def arm_of(rng, strategy: str, setting: str, offset: float, seeds=(1, 2, 3)) -> Arm:
+def arm_of(rng, strategy: str, setting: str, offset: float, seeds=(1, 2, 3), tokens_per_step=8192) -> Arm:
     hard = np.random.default_rng(0).gamma(4, 1, DOCUMENTS.size)
     runs = []
     for seed in seeds:
         loss = hard + offset + rng.normal(0, 0.005) + rng.normal(0, 0.05, DOCUMENTS.size)
-        runs.append(Run(Key(strategy, setting, seed), "finished", arrays={"loss_96": loss, "document": DOCUMENTS}))
+        result = dict(tokens_per_step=tokens_per_step, tokens=80 * tokens_per_step)
+        arrays = {"loss_96": loss, "document": DOCUMENTS}
+        runs.append(Run(Key(strategy, setting, seed), "finished", result, arrays=arrays))
     return Arm(strategy, setting, tuple(runs))
 
 
@@ -35,6 +37,15 @@ def test_only_seeds_that_all_four_have_are_used(rng):
     paired = [arm_of(rng, "a", "paired", 0, (2, 3)), arm_of(rng, "b", "paired", 1, (1, 2, 3))]
     (entry,) = decomposition.analyse(independent, paired, [96])
     assert entry["seeds"] == [2]
+
+
+def test_steps_of_other_sizes_never_see_the_same_tokens_and_are_not_split(rng):
+    sizes = dict(a=26_624, b=26_624, c=24_576)
+    both = [
+        [arm_of(rng, name, setting, 0, tokens_per_step=size) for name, size in sizes.items()]
+        for setting in ("independent", "paired")
+    ]
+    assert [(e["a"], e["b"]) for e in decomposition.analyse(*both, [96])] == [("a", "b")]
 
 
 def test_without_paired_runs_there_is_nothing_to_say(rng):

@@ -82,6 +82,38 @@ def test_what_cannot_be_compared_is_refused(tmp_path, changes, problem):
     assert "balanced-independent-1" in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("setting", study.SETTINGS)
+def test_seeds_of_another_config_are_refused(tmp_path, setting):
+    keys = write_study(tmp_path, seeds=(1, 2), settings=("independent", "paired", "recall"))
+    path = tmp_path / f"balanced-{setting}-2" / "config.json"
+    config = json.loads(path.read_text())
+    config["mesh"] = {"data": 2}
+    path.write_text(json.dumps(config))
+    assert study.collect(tmp_path, keys, {})  # on other devices it is the same run
+    config["optimizer"]["learning_rate"] = 0.5
+    path.write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=f"balanced-{setting}-2 differs.*config.optimizer.learning_rate"):
+        study.collect(tmp_path, keys, {})
+
+
+def test_paired_runs_of_another_order_are_refused(tmp_path):
+    keys = write_study(tmp_path, seeds=(1,), settings=("independent", "paired"))
+    path = tmp_path / "balanced-paired-1" / "config.json"
+    path.write_text(path.read_text().replace('"shuffle_block": 2048', '"shuffle_block": 512'))
+    with pytest.raises(ConfigError, match="data.shuffle_block"):
+        study.collect(tmp_path, keys, {})
+
+
+def test_a_seed_in_both_orders_counts_once_in_each(tmp_path):
+    """Paired first and independent later: the longest strategy has a run of its own in both."""
+    keys = write_study(tmp_path, seeds=(1, 2), settings=("independent", "paired"))
+    key = Key("long_seq", "paired", 1)
+    write_run(tmp_path / key.name, key)
+    runs = study.collect(tmp_path, [*keys, key], {})
+    (arm,) = [arm for arm in study.arms(runs, "paired") if arm.strategy == "long_seq"]
+    assert arm.seeds == [1, 2] and [run.key.setting for run in arm.runs] == ["paired", "independent"]
+
+
 def test_the_recall_task_is_another_corpus_and_that_is_no_mistake(tmp_path):
     keys = write_study(tmp_path, seeds=(1,), settings=("independent", "recall"))
     assert all(run.finished for run in study.collect(tmp_path, keys, {}))

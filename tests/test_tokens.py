@@ -91,6 +91,13 @@ def test_split_depends_on_seed_and_id_not_on_the_other_documents(tmp_path):
     assert heldout(60, seed=7) != many
 
 
+def test_a_files_name_need_not_be_utf8(tmp_path):
+    config = corpus_config(tmp_path)
+    (tmp_path / "text" / os.fsdecode(b"caf\xe9.txt")).write_text("a name in another encoding " * 20)
+    assert sum(1 for _ in build._split(config)) == 61
+    assert open_corpus(config).train.size > 0
+
+
 def test_copies_of_a_document_share_its_split(tmp_path):
     config = corpus_config(tmp_path, documents=30)
     for i in range(30):  # another id, the same text

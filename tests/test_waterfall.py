@@ -296,6 +296,24 @@ def test_a_failed_run_is_named_and_leaves_its_stage_without_a_ranking(tmp_path, 
     assert calls(tmp_path) == [*before, "balanced-leaking-lr0.04-seed42"]  # what diverged is not tried again
 
 
+def test_every_stage_is_of_one_context_whatever_is_missing_from_it(finished):
+    """The losses that are kept are of the context that the whole study's shortest rows reach."""
+    results = json.loads((finished / "report" / "results.json").read_text())
+    for run in results["runs"]:
+        if run["name"] in results["study"]["stages"][3]["runs"]["large_batch"]:
+            run |= dict(status="diverged", result=None)
+    with np.load(finished / "report" / "heldout_losses.npz") as losses:
+        stages = waterfall.analyse(results["study"], results["runs"], losses)["stages"]
+    assert [row["loss"] is None for row in stages[3]["rows"]] == [False, False, True]
+    assert {stage["context"] for stage in stages[2:]} == {24}
+
+
+def test_another_kind_of_results_is_refused(tmp_path, capsys):
+    (tmp_path / "results.json").write_text('{"runs": []}')
+    assert script.main([f"--workdir={tmp_path}", "--report_only"]) == 2
+    assert "not a waterfall's" in capsys.readouterr().err
+
+
 def test_runs_of_other_targets_are_refused(finished, tmp_path):
     """A corpus that has changed between two runs of one study: its losses are not compared."""
     shutil.copytree(finished, tmp_path / "study")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from research.analysis import evidence
 from research.analysis.evidence import CONDITIONS, FAILS, HOLDS, SAME, UNTESTED, Analysis, Arm, Judged, arms, listed
 
+ONE_LENGTH = "All strategies have rows of one length."
 MEASURES = {"device_peak": "device's peak", "compiled_step": "compiled step"}  # the first that every strategy has
 
 
@@ -42,6 +43,8 @@ def memory_of_length(analysis: Analysis) -> Judged:
     if not _equal_tokens(found):
         return UNTESTED, "Tokens a step differ between the strategies, so memory differs for two reasons at once."
     short, long = found[0], found[-1]
+    if short["seq_len"] == long["seq_len"]:
+        return UNTESTED, ONE_LENGTH
     factor = _a_doubling(short, long, measure, long["seq_len"] / short["seq_len"])
     text = (
         f"At equal tokens a step, rows {long['seq_len'] // short['seq_len']} times as long take "
@@ -62,6 +65,8 @@ def memory_of_short(analysis: Analysis) -> Judged:
         return UNTESTED, missing
     if measure is None or not _equal_tokens(found):
         return UNTESTED, "Memory at equal tokens a step is not known of every strategy."
+    if found[0]["seq_len"] == found[-1]["seq_len"]:
+        return UNTESTED, ONE_LENGTH
     ratio = _ratio(found[0], found[-1], measure)
     text = f"At equal tokens a step the {MEASURES[measure]} takes {_sizes(found, measure)}"
     if ratio > 1 + SAME:
@@ -104,7 +109,14 @@ def slower_steps(analysis: Analysis) -> Judged:
     if missing := evidence.unfinished(analysis):
         return UNTESTED, missing
     found = list(arms(analysis).values())
-    ratios = [b["step_seconds"] / a["step_seconds"] for a, b in itertools.pairwise(found)]
+    by_length = [list(group) for _, group in itertools.groupby(found, lambda arm: arm["seq_len"])]
+    if len(by_length) < 2:
+        return UNTESTED, ONE_LENGTH
+    ratios = [
+        b["step_seconds"] / a["step_seconds"]
+        for shorter, longer in itertools.pairwise(by_length)
+        for a, b in itertools.product(shorter, longer)
+    ]
     text = f"Median step, by row length: {_steps(found)}." + _tokens_a_step(analysis) + _flops(analysis)
     if all(ratio > 1 + SAME for ratio in ratios):
         return HOLDS, text

@@ -23,7 +23,8 @@ _SEED = 0
 def analyse(independent: Sequence[Arm], paired: Sequence[Arm], shared: Sequence[int]) -> list[dict[str, Any]]:
     """For each pair of strategies and shared context (`at`, tokens): total = context + diversity, with intervals.
 
-    Over the seeds that both strategies have in both orders. Empty where a study has no paired runs.
+    Over the seeds that both strategies have in both orders. Empty where a study has no paired runs; without pairs whose
+    steps or runs are not of as many tokens: steps of theirs never see the same ones.
     """
     of = {(arm.strategy, arm.setting): arm for arm in (*independent, *paired)}
     names = [arm.strategy for arm in independent if (arm.strategy, "paired") in of]
@@ -31,7 +32,8 @@ def analyse(independent: Sequence[Arm], paired: Sequence[Arm], shared: Sequence[
     for context, (a, b) in itertools.product(shared, itertools.combinations(names, 2)):
         four = {(s, setting): of[s, setting] for s in (a, b) for setting in ("independent", "paired")}
         seeds = sorted(set.intersection(*(set(arm.seeds) for arm in four.values())))
-        if not seeds:
+        equal = len({(arm.first["tokens_per_step"], arm.first["tokens"]) for arm in four.values()}) == 1
+        if not seeds or not equal:
             continue
         losses = {f"{s} {setting}": _losses(arm, context, seeds) for (s, setting), arm in four.items()}
         documents = of[a, "independent"].runs[0].arrays["document"]

@@ -28,6 +28,8 @@ def arms(analysis: Analysis, setting: str = "independent") -> dict[str, Arm]:
 def unfinished(analysis: Analysis, *strategies: str) -> str | None:
     """The sentence that says which of these strategies the study has no run of; None where all are there."""
     known = arms(analysis)
+    if not known:
+        return "This study has no finished run in independent order."
     missing = [name for name in strategies if name not in known]
     if missing:
         return f"This study has no finished run of {listed(missing)}."

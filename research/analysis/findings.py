@@ -31,6 +31,8 @@ def paragraph(analysis: dict[str, Any]) -> str:
 def same_targets(analysis: dict[str, Any]) -> list[str]:
     """Who has the lowest loss at the longest context that all share, and against whom it is shown."""
     arms = [arm for arm in analysis["arms"] if arm["setting"] == "independent"]
+    if not arms:
+        return ["No run is in independent order: nothing is ranked."]
     if len(arms) < 2 or not analysis["shared_contexts"]:
         return ["No two strategies share a context: nothing is ranked."]
     context = str(analysis["shared_contexts"][-1])

@@ -11,10 +11,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from research import sizes
+from research import sharding, sizes
 from research.analysis import memory
 from research.analysis.programs import Programs
-from research.config import ConfigError
+from research.config import ConfigError, validate
 
 GROWTH = 64  # times the largest batch that is known to fit: no guess goes further
 SECANTS = 10  # measurements; memory that is so far from affine is halved instead
@@ -111,12 +111,13 @@ def plan(
 ) -> Cell:
     """The largest batch of a config's length in `budget` bytes a device; `tokens`: about as many fit a step."""
     mesh = memory.mesh_of(config, programs.target)
-    unit = mesh.shape["data"] * config.train.accumulation
+    unit = max(1, mesh.shape["data"] * config.train.accumulation)
 
     def measure(units: int) -> int:
         return programs.usage(with_fields(config, dict(batch_size=units * unit))).total
 
     first = with_fields(config, dict(batch_size=unit))
+    validate(first, tuple(mesh.shape[axis] for axis in sharding.AXES), programs.target.platform)
     state = memory.state_bytes(first, programs.target)
     evaluation = programs.usage(first, "eval").total
     if evaluation > budget:

@@ -19,7 +19,7 @@ import numpy as np
 
 from research import files
 from research.analysis import context
-from research.config import ConfigError
+from research.config import ConfigError, differences
 
 FINISHED, MISSING = "finished", "missing"
 SETTINGS = ("independent", "paired", "recall")
@@ -99,14 +99,16 @@ def arms(runs: Sequence[Run], setting: str) -> list[Arm]:
     """The arms of a setting that have a finished run, in the order of the runs.
 
     Where blocks are as long as a strategy's rows, paired and independent order are one: its independent runs serve
-    as its paired ones.
+    as its paired ones, of seeds that it has no paired run of.
     """
     finished = [run for run in runs if run.finished]
     chosen = [run for run in finished if run.key.setting == setting]
     if setting == "paired" and chosen:
         block = chosen[0].config["data"]["shuffle_block"]
+        there = {(run.key.strategy, run.key.seed) for run in chosen}
         independent = [run for run in finished if run.key.setting == "independent"]
-        chosen += [run for run in independent if run.result["protocol"] == "clean" and run.result["seq_len"] == block]
+        alike = [run for run in independent if run.result["protocol"] == "clean" and run.result["seq_len"] == block]
+        chosen += [run for run in alike if (run.key.strategy, run.key.seed) not in there]
     found: dict[str, list[Run]] = {}
     for run in chosen:
         found.setdefault(run.key.strategy, []).append(run)
@@ -133,7 +135,7 @@ def collect(workdir: Path, keys: Sequence[Key], exit_codes: Mapping[str, int]) -
 
 
 def _refuse_mixed(runs: Sequence[Run], workdir: Path) -> None:
-    """One comparison is of one corpus, and of one set of targets."""
+    """One comparison is of one corpus, of one set of targets, and of seeds that differ in nothing else."""
     text = [run for run in runs if run.finished and run.key.setting != "recall"]
     for run in text[1:]:
         problem = None
@@ -146,6 +148,24 @@ def _refuse_mixed(runs: Sequence[Run], workdir: Path) -> None:
             problem = f"scored on other held-out targets than {text[0].key.name}"
         if problem:
             raise ConfigError("workdir", str(workdir), f"{run.key.name} is {problem}; compare them apart")
+    for setting in SETTINGS:
+        _refuse_unlike([run for run in runs if run.finished and run.key.setting == setting], workdir)
+
+
+def _refuse_unlike(runs: Sequence[Run], workdir: Path) -> None:
+    """Seeds of a strategy share a config, and all paired runs an order."""
+    first: dict[str, Run] = {}
+    for run in runs:
+        other = first.setdefault(run.key.strategy, run)
+        fields = [name for name, _ in differences(other.config, run.config) if name != "seed"]
+        if (
+            run.key.setting == "paired"
+            and run.config["data"]["shuffle_block"] != runs[0].config["data"]["shuffle_block"]
+        ):
+            other, fields = runs[0], ["data.shuffle_block"]
+        if fields:
+            message = f"{run.key.name} differs from {other.key.name} in config.{fields[0]}; compare them apart"
+            raise ConfigError("workdir", str(workdir), message)
 
 
 def _read_run(folder: Path, key: Key) -> Run:
@@ -237,8 +257,8 @@ def load(folder: Path) -> list[Run]:
         if not (folder / name).exists():
             raise _damaged(folder / name, "is missing")
     table = _read_json(folder / "results.json").get("runs")
-    if table is None:
-        raise _damaged(folder / "results.json", "has no 'runs'")
+    if table is None or any("setting" not in entry for entry in table):
+        raise ConfigError("workdir", str(folder), "its results.json is not a study's; see experiments.waterfall")
     stored: dict[str, dict[str, np.ndarray]] = {}
     for name, array in _read_arrays(folder / "heldout_losses.npz").items():
         run, _, what = name.partition("/")

@@ -101,6 +101,8 @@ def write(folder: Path) -> dict[str, Any]:
     Raises: ConfigError where a data file is missing or damaged.
     """
     results = _read_json(folder / "results.json")
+    if "study" not in results:
+        raise ConfigError("--workdir", str(folder), "its results.json is not a waterfall's; see experiments.ablation")
     try:
         with np.load(folder / "heldout_losses.npz") as file:
             losses = dict(file)
@@ -120,10 +122,10 @@ def analyse(
     losses: `<run>/loss` [n] nats at the shared context, `document` [n].
     """
     by_name = {run["name"]: run for run in runs}
-    stages = [_stage(stage, by_name, losses) for stage in study["stages"]]
+    lengths = [run["result"]["seq_len"] for run in runs if run["result"]]
+    stages = [_stage(stage, by_name, losses, min(lengths, default=0)) for stage in study["stages"]]
     known = [stage for stage in stages if stage["order"]]
     changes = [b["number"] for a, b in itertools.pairwise(known) if a["order"] != b["order"]]
-    lengths = [run["result"]["seq_len"] for run in runs if run["result"]]
     rates = {s: _rates(names, by_name, min(lengths, default=0)) for s, names in study["grids"].items()}
     seconds = [run["seconds"] for run in runs if run["seconds"]]
     return {
@@ -143,13 +145,18 @@ def analyse(
     }
 
 
-def _stage(stage: Mapping[str, Any], runs: Mapping[str, Any], losses: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """A stage's rows, lowest loss first; without an order where a strategy has no finished run."""
+def _stage(
+    stage: Mapping[str, Any], runs: Mapping[str, Any], losses: Mapping[str, np.ndarray], shortest: int
+) -> dict[str, Any]:
+    """A stage's rows, lowest loss first; without an order where a strategy has no finished run.
+
+    shortest: the training length of the whole study's shortest rows, which the shared context of every stage fits.
+    """
     finished = {s: [runs[n] for n in names if runs[n]["status"] == FINISHED] for s, names in stage["runs"].items()}
     shown = [run["result"] for found in finished.values() for run in found]
     context = None
     if stage["measure"] == "shared" and shown:
-        context = shared_context(shown[0]["eval"]["contexts"], min(result["seq_len"] for result in shown))
+        context = shared_context(shown[0]["eval"]["contexts"], shortest)
     rows = []
     for strategy, names in stage["runs"].items():
         missing = [name for name in names if runs[name]["status"] != FINISHED]

@@ -96,7 +96,8 @@ def _split(config: Any) -> Iterator[tuple[Document, str]]:
 
 
 def _blake2b(text: str, size: int = 8) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=size).digest()
+    data = text.encode(errors="surrogateescape")  # the id is a file's name, which may not be UTF-8
+    return hashlib.blake2b(data, digest_size=size).digest()
 
 
 def _write_tokens(folder: Path, tokenizer: Tokenizer, sizes_V: np.ndarray, config: Any) -> dict[str, Any]:
