@@ -1,6 +1,6 @@
 # make ablation: set up, then train the three strategies on real text and compare them (about 5 minutes on 2 cores).
 # make study:    the same with three seeds, both orders of the data, and the recall task (about 30 minutes).
-# make test:     set up, then all tests (at most 10 minutes on 2 cores).
+# make test:     set up, then all tests (8 to 15 minutes on 2 cores of a shared machine).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
