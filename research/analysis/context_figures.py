@@ -33,11 +33,12 @@ def curves_figure(analysis: dict[str, Any], styles: Styles) -> Figure:
         right.axhline(0, color=styles[reference]["color"], linewidth=1.6)
         right.set_title(f"Difference from {reference} (raw models)")
         right.set_ylabel("loss difference (nats/token)")
-    left.set_title("Loss on the same held-out targets")
+    left.set_title("Loss on the same held-out targets (independent order)")
     left.set_ylabel("loss (nats/token)")
     for axes in (left, right):
         _context_axis(axes, [c["context"] for c in entries[0]["curve"]], arms, styles)
-    note = "bands: 95 %, seeds and documents;  dotted, hollow: raw, beyond the trained length T;  thin: sliding window"
+    marks = "dotted, hollow: raw, beyond the trained length T;  thin: sliding window"
+    note = f"bands (right): 95 %, seeds and documents;  {marks}"
     legend(figure, left, note, any(arm["own"]["leaking"] for arm in arms))
     return figure
 

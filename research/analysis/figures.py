@@ -102,7 +102,8 @@ def decomposition_figure(analysis: dict[str, Any]) -> Figure:
                 axes.plot([value["low"], value["high"]], [row + offset] * 2, color=color, linewidth=2.4, alpha=0.5)
             axes.plot(value["mean"], row + offset, marker, color=color, label=label, markersize=8, linestyle="none")
             at_end = value["mean"] if value["high"] is None else value["high"]
-            text = dict(textcoords="offset points", va="center", fontsize=9, color=color)
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+            text = dict(textcoords="offset points", va="center", fontsize=9, color=color, bbox=box)
             axes.annotate(f"{value['mean']:+.2f}", (at_end, row + offset), (6, 0), **text)
     axes.axvline(0, color=FAINT, linewidth=1.2)
     axes.set_yticks(range(len(entries)), [f"{entry['a']}\nminus {entry['b']}" for entry in entries])
