@@ -17,7 +17,7 @@ from research.jaxprs import largest_array
 from research.sharding import platform
 
 BLOCK = 20 * 2**20  # bytes; three to a heap
-LONG = 150  # steps, of some 50 ms less each, that make up for compiling, 6 to 7 s at `cpu` scale
+LONG = 150  # steps, of some 50 ms less each, that make up for compiling, 5 to 7 s at `cpu` scale
 KEEP = {  # glibc's options, by their numbers in its malloc.h
     -3: 32 * 2**20,  # M_MMAP_THRESHOLD, the highest there is: what is smaller comes out of heaps, of 64 MiB each
     -2: 64 * 2**20,  # M_TOP_PAD: a heap that is empty stays
