@@ -300,6 +300,8 @@ def test_every_stage_is_of_one_context_whatever_is_missing_from_it(finished):
     """The losses that are kept are of the context that the whole study's shortest rows reach."""
     results = json.loads((finished / "report" / "results.json").read_text())
     for run in results["runs"]:
+        contexts = run["result"]["eval"]["contexts"]
+        contexts["48"] = dict(contexts["24"])  # fits rows of 64, the next longer ones
         if run["name"] in results["study"]["stages"][3]["runs"]["large_batch"]:
             run |= dict(status="diverged", result=None)
     with np.load(finished / "report" / "heldout_losses.npz") as losses:
