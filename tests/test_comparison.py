@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from research.analysis import comparison, figures, findings, study, tables
+from research.analysis import claims, comparison, figures, findings, study, tables
 from tests.fake_runs import MERITS, write_study
 
 
@@ -131,6 +131,12 @@ def test_the_paragraph_says_what_the_numbers_say():
     assert "Recalled at distances of 512 to 1,023 tokens (chance 3.1%" in text
     assert "in windows of the trained length: large_batch 32% (" in text and "long_seq 100% (" in text
     assert "balanced gains 0." in text
+
+
+def test_paired_runs_alone_are_not_said_to_share_nothing():
+    found = analysed("paired")
+    assert findings.paragraph(found).startswith("No run is in independent order")
+    assert all("one strategy alone" not in verdict.evidence for verdict in claims.verdicts({"analysis": found}))
 
 
 @pytest.mark.parametrize("settings", [("independent",), ("independent", "paired", "recall"), ("recall",)])
