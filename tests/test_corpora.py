@@ -2,14 +2,14 @@
 
 import gzip
 import json
+import subprocess
 import sys
 import sysconfig
-import types
+import textwrap
 from pathlib import Path
 
 import pyarrow
 import pytest
-from huggingface_hub import HfApi, constants
 from pyarrow import parquet
 
 from configs import base
@@ -121,30 +121,59 @@ def test_bad_path_is_named(tmp_path):
     assert refuse("csv", tmp_path).startswith("config.data.source='csv': choose one of")
 
 
-def test_hub_source(monkeypatch):
-    rows = [{"text": "a", "id": 1}, {"text": "b", "id": 2}]
-    asked = []
+@pytest.fixture
+def fake_datasets(tmp_path, monkeypatch):
+    """Puts code in the place of the package `datasets`, on a machine whose hub answers nothing."""
 
-    def load_dataset(*names, **options):
-        asked.append((names, options))
-        return iter(rows)
+    def put(code: str) -> None:
+        (tmp_path / "datasets.py").write_text(textwrap.dedent(code))
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    monkeypatch.setattr(HfApi, "dataset_info", lambda *_, **__: None)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    return put
+
+
+ROWS = """
+    from huggingface_hub import HfApi
+    HfApi.dataset_info = lambda *_, **__: None
+
+    def load_dataset(repository, *, name, split, streaming):
+        assert (repository, name, split, streaming) == ("own/set", {name}, "train", True)
+        print("no row of the data set")
+        yield from [dict(text="a", id=1), dict(text="b", id=2)]
+"""
+
+
+def test_hub_source(fake_datasets):
+    fake_datasets(ROWS.format(name="'conf'"))
     assert read("hf", "own/set/conf") == {"own/set/conf:0": "a", "own/set/conf:1": "b"}
-    assert asked == [(("own/set",), {"name": "conf", "split": "train", "streaming": True})]
+    fake_datasets(ROWS.format(name=None))
     assert read("hf", "own/set", max_documents=1) == {"own/set:0": "a"}
     assert "row 0 has no such text; it has text, id" in refuse("hf", "own/set", text_field="id")
     assert "owner/name" in refuse("hf", "set")
-    monkeypatch.setitem(sys.modules, "datasets", None)  # as where it is not installed
+
+
+def test_hub_without_its_package(fake_datasets):
+    fake_datasets("raise ImportError('No module named datasets')")  # as where it is not installed
     assert "pip install datasets" in refuse("hf", "own/set")
 
 
-def test_hub_out_of_reach_is_said_at_once_without_the_retries_of_datasets(monkeypatch):
-    def never(*_, **__):
-        raise AssertionError("datasets would retry for minutes")
+def test_a_reader_of_the_hub_that_dies_is_said(fake_datasets):
+    fake_datasets("import os; os._exit(7)")
+    assert "its reader ended with exit code 7" in refuse("hf", "own/set")
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=never))
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+
+def test_a_reader_of_the_hub_ends_with_who_asked(fake_datasets):
+    fake_datasets("import sys, time; print('begun', file=sys.stderr, flush=True); time.sleep(600)")
+    code = "from research.data import hub; next(hub.rows('own/set', '', 'text'))"
+    root = Path(__file__).parents[1]
+    asks = subprocess.Popen([sys.executable, "-c", code], cwd=root, stderr=subprocess.PIPE, text=True)
+    assert asks.stderr.readline() == "begun\n"
+    asks.kill()
+    asks.communicate(timeout=30)  # the end of stderr, which the reader has too
+
+
+def test_hub_out_of_reach_is_said_at_once_without_the_retries_of_datasets(fake_datasets):
+    fake_datasets("def load_dataset(*_, **__): raise AssertionError('datasets would retry for minutes')")
     message = refuse("hf", "own/set")
     assert "not readable from the Hugging Face hub" in message and "AssertionError" not in message

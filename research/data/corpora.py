@@ -4,11 +4,11 @@ A document is what the train / held-out split keeps whole: a source file, a line
 row of a table.
 """
 
+import contextlib
 import gzip
 import json
 import os
 import sysconfig
-import textwrap
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from research.config import ConfigError
+from research.data import hub
 
 EXTENSIONS = {
     "stdlib": (".py",),
@@ -24,7 +25,6 @@ EXTENSIONS = {
     "parquet": (".parquet",),
 }
 SOURCES = (*EXTENSIONS, "hf")
-HUB_TIMEOUT = 10  # seconds until the Hugging Face hub counts as unreachable
 # Tests repeat themselves, packages are not the library, what a build writes names its machine.
 NOT_STDLIB = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__")
 BUILD_MADE = ("_sysconfigdata", "sitecustomize", "config-")
@@ -48,14 +48,15 @@ def documents(data_config: Any) -> Iterator[Document]:
         if data_config[name] < 0:
             raise ConfigError(f"config.data.{name}", data_config[name], "give 0 (no limit) or more")
     count = 0
-    for document in _read(data_config):
-        if not document.text:
-            continue
-        _require_unicode(document, data_config)
-        count += 1
-        yield Document(document.id, document.text[: data_config.max_document_chars or None])
-        if count == data_config.max_documents:
-            return
+    with contextlib.closing(_read(data_config)) as found:
+        for document in found:
+            if not document.text:
+                continue
+            _require_unicode(document, data_config)
+            count += 1
+            yield Document(document.id, document.text[: data_config.max_document_chars or None])
+            if count == data_config.max_documents:
+                return
     if not count:
         raise _bad_path(data_config, "every document in it is empty")
 
@@ -147,7 +148,7 @@ def _read_parquet(name: str, path: Path, data_config: Any) -> Iterator[Document]
                         raise ConfigError("config.data.text_field", field, message)
                     yield Document(f"{name}:{number}", text)
     except pyarrow.ArrowException as error:
-        raise _bad_path(data_config, f"{name} is not Parquet: {one_line(error)}") from error
+        raise _bad_path(data_config, f"{name} is not Parquet: {hub.one_line(error)}") from error
     except UnicodeDecodeError as error:
         message = f"{name} row {number}: byte {error.start} of the text is not UTF-8"
         raise _bad_path(data_config, message) from error
@@ -158,33 +159,18 @@ def _read_hub(data_config: Any) -> Iterator[Document]:
     parts = data_config.path.split("/")
     if len(parts) not in (2, 3) or not all(parts):
         raise _bad_path(data_config, "name a data set of the Hugging Face hub: owner/name or owner/name/config")
+    repository, config = "/".join(parts[:2]), "".join(parts[2:])
+    field = data_config.text_field
     try:
-        import datasets
-    except ImportError as error:
-        raise ConfigError(
-            "config.data.source", "hf", "the package `datasets` is missing; pip install datasets"
-        ) from error
-    from huggingface_hub import HfApi
-
-    repository, field = "/".join(parts[:2]), data_config.text_field
-    try:
-        # `datasets` retries for minutes where the hub is out of reach: ask once, first.
-        HfApi().dataset_info(repository, timeout=HUB_TIMEOUT)
-        rows = datasets.load_dataset(
-            repository, name=parts[2] if len(parts) == 3 else None, split="train", streaming=True
-        )
-        for number, row in enumerate(rows):
-            if not isinstance(row.get(field), str):
-                has = f"row {number} has no such text; it has {', '.join(row)}"
-                raise ConfigError("config.data.text_field", field, has)
-            yield Document(f"{data_config.path}:{number}", row[field])
-    except ConfigError:
-        raise
-    except Exception as error:  # the hub's clients share no base class for what goes wrong
-        raise _bad_path(
-            data_config,
-            f"not readable from the Hugging Face hub ({one_line(error)}); use a local copy",
-        ) from error
+        with contextlib.closing(hub.rows(repository, config, field)) as rows:
+            for number, row in enumerate(rows):
+                if "text" not in row:
+                    has = f"row {number} has no such text; it has {', '.join(row['columns'])}"
+                    raise ConfigError("config.data.text_field", field, has)
+                yield Document(f"{data_config.path}:{number}", row["text"])
+    except hub.HubError as error:
+        message = f"not readable from the Hugging Face hub ({error}); use a local copy"
+        raise _bad_path(data_config, message) from error
 
 
 def _walk(root: Path, data_config: Any) -> list[tuple[str, Path]]:
@@ -226,8 +212,3 @@ def _require_unicode(document: Document, data_config: Any) -> None:
 
 def _bad_path(data_config: Any, message: str) -> ConfigError:
     return ConfigError("config.data.path", data_config.path, message)
-
-
-def one_line(error: Exception) -> str:
-    """What went wrong, in 200 characters of whole words: the hub's clients write paragraphs."""
-    return textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")

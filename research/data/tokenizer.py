@@ -14,7 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from research.config import ConfigError
-from research.data.corpora import HUB_TIMEOUT, one_line
+from research.data import hub
 
 EOT = "<|endoftext|>"
 EOT_NAMES = (EOT, "<|end_of_text|>", "<|eot|>", "<eos>", "</s>")  # as published tokenizers call it
@@ -143,10 +143,10 @@ def _from_hub(name: str) -> Tokenizer:
         if isinstance(cached, str):
             return Tokenizer.from_file(cached)
         # The client retries for minutes where the hub is out of reach: ask once, first.
-        HfApi().model_info(name, timeout=HUB_TIMEOUT)
+        HfApi().model_info(name, timeout=hub.TIMEOUT)
         return Tokenizer.from_pretrained(name)
     except Exception as error:  # the hub's clients share no base class for what goes wrong
-        reason = one_line(error)
+        reason = hub.one_line(error)
         raise ConfigError(
             "config.data.tokenizer",
             name,
