@@ -18,13 +18,14 @@ says so), or 1.
 """
 
 import argparse
+import ctypes
 import json
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 TRAIN = (sys.executable, "-m", "experiments.train")
 CHECK = (sys.executable, "-m", "experiments.ablation", "--check_only")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 class Interrupted(Exception):
@@ -79,7 +81,7 @@ def main(
             return report_only(arguments.workdir)
         planned = plan(arguments)
         if arguments.check_only:
-            return check_all(planned, arguments.workdir)
+            return checked(lambda: check_all(planned, arguments.workdir))
         if arguments.dry_run:
             print("\n".join(shlex.join(run.command(train, arguments.workdir)) for run in planned))
             return 0
@@ -208,12 +210,23 @@ def _file(strategy: str, scale: str) -> str:
     return f"{path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}:{scale}"
 
 
+def checked(check: Callable[[], int]) -> int:
+    """The exit code of a check of configs, which may build corpora; where a signal stops it, 128 and its number."""
+    from research import train  # in this child alone JAX starts
+
+    try:
+        with train.stopped_at_once():
+            return check()
+    except train.Interrupted as stopped:
+        return 128 + stopped.signal
+
+
 def check_all(planned: Sequence[Planned], workdir: Path) -> int:
     """Checks the config of every run, but of one seed each, and that the folders there are hold no other.
 
     Raises: ConfigError for the first mistake.
     """
-    from research import checkpoint, planner, train  # in this child alone JAX starts
+    from research import checkpoint, planner, train
 
     fingerprints: dict[tuple[str, str], str] = {}
     for run in planned:
@@ -255,7 +268,8 @@ def run_all(planned: Sequence[Planned], workdir: Path, train: Sequence[str]) -> 
 def run_child(command: Sequence[str]) -> int:
     """Exit code of a command that writes to this process's output; signals that come are handed on to it.
 
-    The child has a session of its own: Ctrl-C reaches it once, through us. Raises: Interrupted after such a signal.
+    The child has a session of its own: Ctrl-C reaches it once, through us. Where we are killed, Linux tells it to save
+    and stop: it would hold its folder, and the accelerator. Raises: Interrupted after such a signal.
     """
     received: list[int] = []
     child: list[subprocess.Popen] = []
@@ -267,7 +281,7 @@ def run_child(command: Sequence[str]) -> int:
 
     before = {number: signal.signal(number, hand_on) for number in SIGNALS}
     try:
-        child.append(subprocess.Popen(command, start_new_session=True))
+        child.append(subprocess.Popen(command, start_new_session=True, preexec_fn=_ended_with_us()))
         if received:  # while it was starting
             child[0].send_signal(received[-1])
         code = child[0].wait()
@@ -278,6 +292,13 @@ def run_child(command: Sequence[str]) -> int:
     if received:
         raise Interrupted(code or 128 + received[0])
     return code
+
+
+def _ended_with_us() -> Callable[[], Any] | None:
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl  # found now: between fork and exec little is allowed
+    return lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _record(workdir: Path, keys: Sequence[Key], exit_codes: dict[str, int]) -> None:

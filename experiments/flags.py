@@ -53,10 +53,10 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
     Raises: ConfigError for a file, scale, field or value that is not there.
     """
-    file, _, scale = name.partition(":")
-    if not Path(file).is_file():
-        raise ConfigError("--config", name, f"no such file {file}")
-    if scale and scale not in base.SCALES:
+    file, colon, scale = name.partition(":")
+    if not Path(file).is_file() or not file.endswith(".py"):
+        raise ConfigError("--config", name, f"no such file {file}; name one of Python, such as configs/balanced.py:cpu")
+    if colon and scale not in base.SCALES:
         raise ConfigError("--config", name, f"no scale {scale}; choose one of {', '.join(base.SCALES)}")
     config = _parse([f"--config={name}"])
     for override in overrides:

@@ -3,7 +3,8 @@
     python -m experiments.memory_check --workdir=runs/frontier --most=4GiB
 
 Takes the cells of a frontier (experiments/memory_frontier.py) that was compiled for the device at hand and need at most
---most: for each the planned batch and half of it. Writes check.json and the report again. Exit codes: 0; 2, a mistake.
+--most: for each the planned batch and half of it. Writes check.json and the report again, after each; the same command
+goes on where it was stopped, and tries again what failed. Exit codes: 0; 1, a step failed; 2, a mistake.
 """
 
 import argparse
@@ -45,14 +46,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    failed = 0
+    known = {run["overrides"]: run for run in memory_report.read_check(arguments.workdir)}
+    for run in todo:
+        run |= known.get(run["overrides"], {})
     for number, run in enumerate(todo, 1):
-        print(f"{number} of {len(todo)}: {run['overrides']}", file=sys.stderr, flush=True)
+        said = f"{number} of {len(todo)}: {run['overrides']}"
+        if run.get("measured"):
+            print(f"{said}: measured before", file=sys.stderr, flush=True)
+            continue
+        print(said, file=sys.stderr, flush=True)
         run |= measure(plan["config"], [*plan["given"], *run["overrides"].split()])
-        failed += run["measured"] is None
-        write_text(arguments.workdir / "check.json", json.dumps(todo[:number], indent=1) + "\n")
+        begun = [run for run in todo if "measured" in run]
+        write_text(arguments.workdir / "check.json", json.dumps(begun, indent=1) + "\n")
+        memory_report.write(arguments.workdir)
     print(memory_report.write(arguments.workdir))
-    return int(bool(failed))
+    return int(any(run["measured"] is None for run in todo))
 
 
 def runs(plan: dict[str, Any]) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from typing import Any
 
 from configs.waterfall import SCALES, STRATEGIES
 from experiments import waterfall_plan as plans
-from experiments.ablation import Interrupted, run_child
+from experiments.ablation import Interrupted, checked, run_child
 from experiments.flags import as_folder, load_config, make_folder
 from experiments.waterfall_plan import STAGES, Losses, Plan, Run
 from research import files
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None, train: Sequence[str] = TRAIN, check:
             print("\n".join(plans.describe(plan, train)))
             return 0
         if arguments.check_only:
-            return check_all(plan)
+            return checked(lambda: check_all(plan))
         refuse_another(plan)
         # In a child, so that this process holds no accelerator while the runs need it.
         if code := run_child([*check, *argv]):

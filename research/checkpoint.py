@@ -70,7 +70,7 @@ def save(manager: ocp.CheckpointManager, step: int, state: Any, meta: dict[str, 
     """
     if step in manager.all_steps():
         return
-    content = dict(meta, checksums=_checksums(state))
+    content = dict(meta, checksums=_checksums(state), shapes=_shapes(state))
     content["checksum"] = _json_checksum(content)
     measured = metric is not None and not math.isnan(metric)
     manager.save(
@@ -86,13 +86,15 @@ def restore(manager: ocp.CheckpointManager, abstract_state: Any) -> tuple[Any, d
 
     abstract_state: pytree of jax.ShapeDtypeStruct with the shardings wanted, of any mesh (`abstract`). A damaged
     checkpoint is set aside as <step>.damaged, with a warning, and the one before is taken.
-    Raises: DamagedError where there are checkpoints and none can be read (they stay where they are).
+    Raises: DamagedError where there are checkpoints and none can be read (they stay where they are); ConfigError where
+    one is whole, and of another model or optimiser.
     """
     damaged = []
     for step in sorted(manager.all_steps(), reverse=True):
         try:
             restored = _restore(manager, step, abstract_state)
         except Exception as error:  # whatever a damaged file makes the readers raise
+            _refuse_unlike(manager, step, abstract_state)
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             log.warning("checkpoint of step %d is damaged and skipped: %s", step, reason)
             damaged.append(step)
@@ -101,8 +103,30 @@ def restore(manager: ocp.CheckpointManager, abstract_state: Any) -> tuple[Any, d
             _set_aside(manager, other)
         return restored
     if damaged:
-        raise DamagedError(f"no checkpoint in {manager.directory} can be read; remove the folder to start anew")
+        raise DamagedError(f"no checkpoint in {manager.directory} can be read; choose another --workdir to start anew")
     return None
+
+
+def _refuse_unlike(manager: ocp.CheckpointManager, step: int, abstract_state: Any) -> None:
+    """Raises: ConfigError where a checkpoint says that its arrays have other names or shapes than the state's."""
+    try:
+        meta = dict(manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"])
+        if meta.pop("checksum") != _json_checksum(meta):
+            return
+        saved = {name: tuple(shape) for name, shape in meta["shapes"].items()}
+    except Exception:  # damaged, then
+        return
+    wanted = _shapes(abstract_state)
+    for name in sorted({*saved, *wanted}):
+        if saved.get(name) != wanted.get(name):
+            here, there = (f"is {shapes[name]}" if name in shapes else "is not" for shapes in (wanted, saved))
+            message = f"its checkpoints are of another model or optimiser: {name} {there} in them, {here} in this code"
+            folder = Path(manager.directory).parent
+            raise ConfigError("--workdir", str(folder), f"{message}; choose another folder")
+
+
+def _shapes(state: Any) -> dict[str, tuple[int, ...]]:
+    return {jax.tree_util.keystr(path): tuple(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(state)}
 
 
 def _restore(manager: ocp.CheckpointManager, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
@@ -111,7 +135,7 @@ def _restore(manager: ocp.CheckpointManager, step: int, abstract_state: Any) -> 
     state, meta = found["state"], dict(found["meta"])
     if meta.pop("checksum") != _json_checksum(meta):
         raise ValueError("the metadata is not what was saved")
-    wanted = meta.pop("checksums")
+    wanted, _ = meta.pop("checksums"), meta.pop("shapes", None)
     wrong = [name for name, value in _checksums(state).items() if wanted.get(name) != value]
     if wrong:
         raise ValueError(f"array {wrong[0]} is not what was saved")

@@ -46,7 +46,7 @@ POSITIVE = (
     "optimizer.learning_rate", "optimizer.adamw_learning_rate", "optimizer.epsilon",
     "model.rope_base", "model.norm_epsilon", "model.init_stddev",
 )  # fmt: skip
-
+LARGEST = 2.0**128  # of float32, and a little more
 
 # Where a run that goes on may differ from the one before: what is computed stays the same.
 FREE = ("mesh", "train.log_every", "train.checkpoint_every", "train.keep_last", "train.keep_best", "data.cache_dir")
@@ -101,11 +101,11 @@ def _validate_ranges(config: Any) -> None:
         if _field(config, name) not in choices:
             raise ConfigError(f"config.{name}", _field(config, name), f"choose one of {', '.join(choices)}")
     _require(config, AT_LEAST_ONE, lambda v: v >= 1, "must be 1 or more")
-    _require(config, AT_LEAST_ZERO, lambda v: v >= 0, "must be 0 or more")
+    _require(config, AT_LEAST_ZERO, lambda v: 0 <= v < LARGEST, "must be 0 or more, and finite in float32")
     _require(config, SEEDS, lambda v: 0 <= v < 2**63, "must lie between 0 and 2^63 - 1")
     _require(config, SHARES, lambda v: 0 <= v < 1, "must be 0 or more, and less than 1")
     _require(config, FRACTIONS, lambda v: 0 <= v <= 1, "must lie between 0 and 1")
-    _require(config, POSITIVE, lambda v: v > 0, "must be more than 0")
+    _require(config, POSITIVE, lambda v: 0 < v < LARGEST, "must be more than 0, and finite in float32")
     _require(config, ("data.heldout_fraction",), lambda v: 0 < v < 1, "must lie between 0 and 1, both excluded")
 
 
@@ -139,6 +139,12 @@ def _validate_length(config: Any) -> None:
     name, value = ("steps", steps) if steps is not None else ("tokens", tokens)
     if value < 1:
         raise ConfigError(f"config.train.{name}", value, "must be 1 or more")
+    optimizer = config.optimizer
+    if optimizer.schedule == "wsd" and optimizer.warmup_fraction + optimizer.decay_fraction > 1:
+        raise ConfigError(
+            "config.optimizer.decay_fraction", optimizer.decay_fraction,
+            f"and config.optimizer.warmup_fraction={optimizer.warmup_fraction} are more than the run; give less",
+        )  # fmt: skip
 
 
 def _validate_shards(config: Any, mesh_shape: tuple[int, int, int]) -> None:
@@ -200,6 +206,11 @@ def _validate_eval(config: Any) -> None:
         raise ConfigError(
             "config.eval.contexts", tuple(contexts), "give rising multiples of 4 tokens, such as (24, 96)"
         )
+    if config.data.shuffle_block and config.data.protocol == "published":
+        raise ConfigError(
+            "config.data.shuffle_block", config.data.shuffle_block,
+            "the published protocol knows one order alone; give 0, or config.data.protocol=clean",
+        )  # fmt: skip
     if config.data.shuffle_block % config.seq_len:
         raise ConfigError(
             "config.data.shuffle_block", config.data.shuffle_block,

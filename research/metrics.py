@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import math
 import os
 import platform
@@ -19,6 +20,7 @@ from tensorboardX import SummaryWriter
 
 from research import cores
 
+log = logging.getLogger(__name__)
 POSITION = ("step", "tokens", "flops", "train_seconds")  # in every row
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -68,7 +70,12 @@ def _cut(path: str, resume_step: int) -> None:
         for line in file:
             if not line.endswith("\n"):
                 break  # a row that was being written when the run was killed
-            if json.loads(line)["step"] <= resume_step:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                log.warning("%s is damaged: rows after %d are dropped", path, len(kept))
+                break
+            if row["step"] <= resume_step:
                 kept.append(line)
     with open(f"{path}.new", "w") as file:
         file.writelines(kept)

@@ -238,7 +238,7 @@ class MoETransformer(nn.Module):
         if not c.tie_embeddings:
             parameter(self, "head", (c.vocab_size, c.d_model), 1, c)
         with jax.named_scope("embed"):
-            hidden_BTD = table.at[tokens_BT].get(out_sharding=sharding.HIDDEN) * c.d_model**0.5
+            hidden_BTD = look_up(table, tokens_BT) * c.d_model**0.5
             hidden_BTD = dropout(hidden_BTD, c.dropout, self.make_rng("dropout") if train else None)
         if positions_BT is None:
             positions_BT = jnp.arange(tokens_BT.shape[1])[None]
@@ -257,6 +257,13 @@ class MoETransformer(nn.Module):
         hidden_BTD = rms_norm(hidden_BTD, scale_D, c.norm_epsilon)
         hidden_BTD = dropout(hidden_BTD, c.dropout, self.make_rng("dropout") if train else None)
         return hidden_BTD, moe.router_statistics(sums, tokens_BT.size)
+
+
+def look_up(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    """Rows of a table [B, T, D]. Its gradient adds up in float32: a common token has thousands of rows in a step, which
+    in bfloat16 lose each other."""
+    exact = table_VD.astype(jnp.promote_types(table_VD.dtype, jnp.float32))
+    return exact.at[tokens_BT].get(out_sharding=sharding.HIDDEN).astype(table_VD.dtype)
 
 
 def gather_tables(params: Any, dtype: Any) -> Any:

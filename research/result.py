@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import io
 import json
+import logging
 import math
 import os
 from typing import TYPE_CHECKING, Any
@@ -12,12 +13,14 @@ import jax
 import numpy as np
 
 from research import cores, files, flops, metrics, process
+from research.config import ConfigError
 from research.data import stream, synthetic, tokens
 
 if TYPE_CHECKING:
     from research import evaluate
     from research.train import Run
 
+log = logging.getLogger(__name__)
 LAST_ROWS = 20  # logged steps that the final training loss is averaged over
 
 
@@ -70,6 +73,9 @@ def _content(this: "Run", scores: dict[str, Scores], compiled_step: Any) -> dict
     rows = read_rows(this.workdir)
     step_seconds = [row["perf/step_s"] for row in rows if "perf/step_s" in row]
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    if not losses:
+        message = "its metrics.jsonl has lost its steps, and with them losses and times; train anew in another folder"
+        raise ConfigError("--workdir", this.workdir, message)
     speed = this.tokens_per_step / float(np.median(step_seconds))
     peak = flops.peak_flops(jax.devices()[0].device_kind)
     environment = metrics.environment()
@@ -155,7 +161,11 @@ def read(workdir: str) -> dict[str, Any] | None:
     if not os.path.exists(path):
         return None
     with open(path) as file:
-        return json.load(file)
+        try:
+            return json.load(file)
+        except ValueError:
+            log.warning("%s is damaged, and made again", path)
+            return None
 
 
 def read_rows(workdir: str) -> list[dict[str, Any]]:

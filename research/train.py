@@ -9,7 +9,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -26,8 +26,8 @@ class DivergedError(RuntimeError):
     """The loss or a gradient is not finite."""
 
 
-class Interrupted(Exception):
-    """A signal (its number in `signal`) asked the run to stop; the state is saved."""
+class Interrupted(BaseException):
+    """A signal (its number in `signal`) asked the run to stop; its state is saved. No `except Exception` takes it."""
 
     def __init__(self, number: int, message: str):
         super().__init__(message)
@@ -74,9 +74,10 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
     """
     clocks = metrics.Clocks()
     with clocks.measure("total"):
-        config = planner.planned(config, workdir)
-        with clocks.measure("data"):
-            corpus, suites = prepare(config)
+        with stopped_at_once():
+            config = planner.planned(config, workdir)
+            with clocks.measure("data"):
+                corpus, suites = prepare(config)
         return _run(config, workdir, corpus, suites, clocks)
 
 
@@ -134,7 +135,9 @@ def _train(this: Run) -> dict[str, Any]:
                 scores = _loop(this, state, cursor, compiled_step, manager, writer, progress)
             except DivergedError as error:
                 manager.wait_until_finished()
-                raise DivergedError(f"{error}; the last checkpoint is of step {manager.latest_step()}") from None
+                newest = manager.latest_step()
+                kept = "there is no checkpoint yet" if newest is None else f"the last checkpoint is of step {newest}"
+                raise DivergedError(f"{error}; {kept}") from None
         with this.clocks.measure("checkpoint"):
             manager.wait_until_finished()
     return result.finish(this, scores, compiled_step)
@@ -169,9 +172,8 @@ def _loop(this, state, cursor, compiled_step, manager, writer, progress):
         if scores is None:
             raise _stopped(this, now)  # its checkpoint is there, and the evaluation is still owed
     while now < this.num_steps:
+        state, fetched = _one_step(this, state, cursor, compiled_step, manager)
         with this.clocks.measure("train"):
-            state, fetched = compiled_step(state, _next_batch(this, cursor))
-            manager.wait_until_finished()  # the write of a save overlaps one step: a kill loses no more than it must
             now, cursor = now + 1, cursor + this.tokens_per_step
             last = now == this.num_steps
             evaluates = last or _due(now, train.eval_every)
@@ -197,6 +199,17 @@ def _loop(this, state, cursor, compiled_step, manager, writer, progress):
     return scores
 
 
+def _one_step(this, state, cursor, compiled_step, manager):
+    """(state, metrics). The write of a save overlaps one step, and no more: a kill loses no more than it must."""
+    with this.clocks.measure("train"):
+        state, fetched = compiled_step(state, _next_batch(this, cursor))
+        if manager.is_saving_in_progress():
+            jax.block_until_ready(fetched)
+    with this.clocks.measure("checkpoint"):
+        manager.wait_until_finished()
+    return state, fetched
+
+
 def _stopped(this: Run, now: int) -> Interrupted:
     message = f"stopped at step {now} of {this.num_steps}, saved; the same command goes on from there"
     return Interrupted(this.signals[0], message)
@@ -214,6 +227,8 @@ def _due(now: int, every: int) -> bool:
 def _fetch(this: Run, now: int, cursor: int, fetched: dict[str, Any]) -> dict[str, Any]:
     """Waits for a step and returns its row; stops the run where it is not finite."""
     got = jax.tree.map(np.asarray, fetched)
+    if got["count"] == 0:
+        raise DivergedError(f"step {now}: none of its tokens is a target; give a larger config.batch_size or seq_len")
     if not (np.isfinite(got["loss"]) and np.isfinite(got["grad_norm"])):
         raise _diverged(now, f"loss {got['loss']}, gradient norm {got['grad_norm']}")
     row = _position(this, now, cursor) | {
@@ -299,6 +314,17 @@ def _save(this, manager, now, cursor, state, scores) -> None:
 
 
 @contextlib.contextmanager
+def stopped_at_once() -> Iterator[None]:
+    """Makes SIGINT and SIGTERM an Interrupted where they find the program, for there is nothing to save yet."""
+
+    def handle(number: int, _: Any) -> None:
+        raise Interrupted(number, "stopped before the first step; the same command begins again")
+
+    with _handled(handle):
+        yield
+
+
+@contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
     """Collects SIGINT and SIGTERM instead of dying of them; the loop looks between steps."""
     came: list[int] = []
@@ -308,10 +334,15 @@ def _signals() -> Iterator[list[int]]:
         # not print: a signal may come inside one, which is not reentrant
         os.write(2, f"signal {number}: stopping after this step\n".encode())
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, handle) for number in numbers}
-    try:
+    with _handled(handle):
         yield came
+
+
+@contextlib.contextmanager
+def _handled(handle: Callable[[int, Any], None]) -> Iterator[None]:
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

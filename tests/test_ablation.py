@@ -242,3 +242,15 @@ def test_report_only_needs_no_more_than_the_data_files(tmp_path):
         assert (committed / name).read_bytes() == (made / name).read_bytes()
     (committed / "results.json").write_text('{"study": {}, "runs": [{"name": "of a waterfall"}]}')
     assert ablation(committed, "--report_only") == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells a child that its parent is gone")
+def test_a_run_is_told_to_stop_where_the_study_is_killed():
+    waits = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit('told')); print('runs', flush=True)"
+    waits += "; time.sleep(60)"
+    code = f"import sys; from experiments import ablation; ablation.run_child([sys.executable, '-c', {waits!r}])"
+    pipe = subprocess.PIPE
+    study = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+    assert study.stdout.readline() == "runs\n"
+    study.kill()
+    assert study.communicate(timeout=30)[1] == "told\n"  # the end of stderr, which the run has too

@@ -236,6 +236,20 @@ def test_all_damaged_is_an_error_and_stays_one(copied):
             checkpoint.restore(manager, abstract())
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(lambda x: x | dict(extra=x["key"]), "['extra'] is not in them, is (2,) in this code"),
+     (lambda x: {n: x[n] for n in ("half", "key", "step")}, "['weight'] is (16, 24) in them, is not in this code"),
+     (lambda x: x | dict(weight=x["half"]), "['weight'] is (16, 24) in them, is (4, 8) in this code")],
+)  # fmt: skip
+def test_checkpoints_of_another_model_are_refused_not_called_damaged(copied, change, said):
+    before = sorted(copied.rglob("*"))
+    with manager_of(copied) as manager, pytest.raises(ConfigError, match="another model or optimiser") as error:
+        checkpoint.restore(manager, change(abstract()))
+    assert said in str(error.value)
+    assert sorted(copied.rglob("*")) == before
+
+
 def test_state_may_be_donated_while_it_is_being_saved(tmp_path):
     wanted = np.arange(1 << 20, dtype=np.float32)
     held = {"x": jax.jit(lambda: jnp.arange(1 << 20, dtype=jnp.float32))()}

@@ -99,6 +99,10 @@ MISTAKES = [
     ("config.model.num_experts=0", dict(model__num_experts=0)),
     ("config.model.dropout=1.0", dict(model__dropout=1.0)),
     ("config.optimizer.learning_rate=0.0", dict(optimizer__learning_rate=0.0)),
+    ("config.optimizer.learning_rate=inf", dict(optimizer__learning_rate="inf")),
+    ("config.model.balance_weight=1e+39", dict(model__balance_weight=1e39)),
+    ("config.optimizer.decay_fraction=0.6", dict(optimizer__schedule="wsd", optimizer__warmup_fraction=0.5,
+                                                optimizer__decay_fraction=0.6)),
     ("config.optimizer.name='sgd'", dict(optimizer__name="sgd")),
     ("config.train.steps=2", dict(train__tokens=512)),
     ("config.train.steps=0", dict(train__steps=0)),
@@ -119,6 +123,7 @@ MISTAKES = [
     ("config.mesh.seq=16", dict(mesh__seq=16)),
     ("config.mesh.expert=2", dict(mesh__expert=2)),
     ("config.data.shuffle_block=48", dict(data__shuffle_block=48)),
+    ("config.data.shuffle_block=64", dict(data__shuffle_block=64, data__protocol="published")),
     ("config.data.tokenizer=", dict(data__tokenizer="no/such/tokenizer.json")),
     ("config.model.attention='cudnn'", dict(model__attention="cudnn", data__mask_documents=True)),
 ]  # fmt: skip
@@ -153,7 +158,15 @@ def test_a_workdir_that_cannot_be_written_is_named(tmp_path, text, capsys):
 
 
 @pytest.mark.parametrize(
-    "argument", ["--config=nowhere.py:cpu", "--config=configs/balanced.py:huge", "--steps=3", "--workdir="]
+    "argument",
+    [
+        "--config=nowhere.py:cpu",
+        "--config=configs/balanced.py:huge",
+        "--config=configs/balanced.py:",
+        "--config=README.md",
+        "--steps=3",
+        "--workdir=",
+    ],
 )
 def test_a_wrong_argument_is_one_line(tmp_path, capsys, monkeypatch, argument):
     monkeypatch.chdir(ROOT)

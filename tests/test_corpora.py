@@ -98,6 +98,7 @@ BAD_FILES = {
     "text is null": ("jsonl", "a.jsonl", b'{"text":null}', ["config.data.text_field", "line 1"]),
     "no object": ("jsonl", "a.jsonl", b"[1]", ["config.data.text_field", "line 1"]),
     "half a pair": ("jsonl", "a.jsonl", b'{"text":"a\\ud800"}', ["a.jsonl:1", "character 1 "]),
+    "long number": ("jsonl", "a.jsonl", b'{"text":"b","n":' + b"1" * 5000 + b"}", ["a.jsonl line 1 is not JSON"]),
     "cut gzip": ("jsonl", "a.jsonl.gz", gzip.compress(b'{"text":"b"}' * 99)[:-9], ["a.jsonl.gz"]),
     "not gzip": ("jsonl", "a.jsonl.gz", b'{"text":"b"}', ["a.jsonl.gz"]),
     "not Parquet": ("parquet", "a.parquet", b"abc" * 99, ["a.parquet is not Parquet"]),
@@ -158,8 +159,9 @@ def test_hub_without_its_package(fake_datasets):
     assert "pip install datasets" in refuse("hf", "own/set")
 
 
-def test_a_reader_of_the_hub_that_dies_is_said(fake_datasets):
-    fake_datasets("import os; os._exit(7)")
+@pytest.mark.parametrize("last", [b"", b'{"text": "a', b'{"text": "a"}\n{"te'])
+def test_a_reader_of_the_hub_that_dies_is_said(fake_datasets, last):
+    fake_datasets(f"import os; os.write(1, {last!r}); os._exit(7)")
     assert "its reader ended with exit code 7" in refuse("hf", "own/set")
 
 
@@ -177,3 +179,16 @@ def test_hub_out_of_reach_is_said_at_once_without_the_retries_of_datasets(fake_d
     fake_datasets("def load_dataset(*_, **__): raise AssertionError('datasets would retry for minutes')")
     message = refuse("hf", "own/set")
     assert "not readable from the Hugging Face hub" in message and "AssertionError" not in message
+
+
+def test_folders_behind_links_are_read_once_and_names_in_capitals_too(tmp_path):
+    (tmp_path / "books").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "books" / "A.TXT").write_text("a")
+    (tmp_path / "elsewhere" / "b.txt").write_text("b")
+    for name in ("more", "again"):
+        (tmp_path / "books" / name).symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "round").symlink_to(tmp_path / "books")
+    assert read("text", tmp_path / "books") == {"A.TXT": "a", "again/b.txt": "b"}
+    (tmp_path / "books" / "c.JSONL.GZ").write_bytes(gzip.compress(b'{"text":"c"}'))
+    assert read("jsonl", tmp_path / "books") == {"c.JSONL.GZ:1": "c"}

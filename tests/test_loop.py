@@ -1,5 +1,6 @@
 """What the loop of a run does where no real process is needed to see it."""
 
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from configs import base
 from research import train
+from research.config import ConfigError
 
 
 def this_run(**fields) -> SimpleNamespace:
@@ -35,3 +37,31 @@ def test_a_held_out_loss_that_is_not_finite_stops_the_run(monkeypatch, loss):
     monkeypatch.setattr(train.evaluate, "score", lambda *_: scores)
     with pytest.raises(train.DivergedError, match="step 10: held-out loss (nan|inf): not finite"):
         train._evaluate(this, None, {}, 10, 0, None)
+
+
+def test_waiting_for_a_checkpoint_is_not_train_time(monkeypatch):
+    """Nor is the step's own time the checkpoint's: it is waited for first."""
+    this, done = this_run(), []
+    monkeypatch.setattr(train, "_next_batch", lambda *_: None)
+    monkeypatch.setattr(train.jax, "block_until_ready", lambda _: done.append(time.sleep(0.1)))
+    manager = SimpleNamespace(is_saving_in_progress=lambda: True, wait_until_finished=lambda: time.sleep(0.3))
+    assert train._one_step(this, None, 0, lambda *_: ("state", "metrics"), manager) == ("state", "metrics")
+    assert 0.1 <= this.clocks.total("train") < 0.3 <= this.clocks.total("checkpoint") and len(done) == 1
+    manager.is_saving_in_progress = lambda: False
+    train._one_step(this, None, 0, lambda *_: ("state", "metrics"), manager)
+    assert len(done) == 1  # else the device would wait for the host at every step
+
+
+def test_a_step_without_a_target_is_said_to_be_one():
+    fetched = dict(count=np.float32(0), loss=np.float32(np.nan), grad_norm=np.float32(0))
+    with pytest.raises(train.DivergedError, match="step 3: none of its tokens is a target; give a larger"):
+        train._fetch(this_run(), 3, 24, fetched)
+
+
+def test_a_damaged_result_is_made_again_and_a_run_without_its_rows_is_refused(tmp_path, monkeypatch, caplog):
+    (tmp_path / "result.json").write_text('{"status": "fini')
+    assert train.result.read(str(tmp_path)) is None and "damaged" in caplog.text
+    (tmp_path / "metrics.jsonl").write_text("")
+    this = SimpleNamespace(config=base.get_config("cpu"), workdir=str(tmp_path), num_steps=80, tokens_per_step=8)
+    with pytest.raises(ConfigError, match="metrics.jsonl has lost its steps"):
+        train.result._content(this, {}, None)

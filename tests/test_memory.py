@@ -300,6 +300,31 @@ def test_a_plan_beside_real_steps(monkeypatch):
     assert "failed: error: config.model.d_model" in text and "1 steps: median error" in text
 
 
+def test_a_check_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
+    cell = dict(unit=1, seq_len=512, choice={"model.remat": "block"}, total=100)
+    plan = dict(absent=False, config="configs/balanced.py:cpu", given=[], cells=[cell | dict(batch=b) for b in (8, 6)])
+    memory_report.save(plan, tmp_path)
+    monkeypatch.setattr(memory_report, "write", lambda folder: "")
+    asked, stopped = [], []
+
+    def measure(_, overrides):
+        if len(asked) == 2 and not stopped:
+            stopped.append(True)
+            raise KeyboardInterrupt
+        asked.append(overrides[0])
+        return dict(measured=None if len(asked) == 1 else 101, seconds=None, error="once")
+
+    monkeypatch.setattr(memory_check, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        memory_check.main([f"--workdir={tmp_path}"])
+    memory_report.save(plan, tmp_path)  # the same plan: what was measured of it holds
+    assert memory_check.main([f"--workdir={tmp_path}"]) == 0
+    assert len(asked) == 5 and asked[0] == asked[2]  # the failed one again, the second not
+    assert [run["batch"] for run in memory_report.read_check(tmp_path)] == [8, 4, 6, 3]
+    memory_report.save(plan | dict(given=["--config.seed=1"]), tmp_path)
+    assert not memory_report.read_check(tmp_path)
+
+
 def test_a_plan_for_what_is_not_here_is_not_run(tmp_path, capsys):
     assert memory_check.main([f"--workdir={tmp_path}"]) == 2
     memory_report.save(dict(absent=True, target="NVIDIA H200", cells=[]), tmp_path)

@@ -67,6 +67,14 @@ def test_a_row_cut_off_by_a_kill_is_dropped(tmp_path):
     assert steps_on_disk(tmp_path) == [1, 2, 3, 4]
 
 
+def test_rows_after_a_damaged_one_are_dropped(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"st\0p": \n{"step": 3}\n')
+    with metrics.MetricsWriter(str(tmp_path), 3):
+        pass
+    assert path.read_text() == '{"step": 1}\n' and "damaged" in caplog.text
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_number_that_is_not_finite_is_refused(tmp_path, value):
     with metrics.MetricsWriter(str(tmp_path), 0) as writer:

@@ -165,6 +165,8 @@ def test_the_three_strategies_of_the_scale_train_on_the_same_task():
         (dict(shortest=1), "config.data.recall.longest=128"),
         (dict(document_length=128), "config.data.recall.document_length=128"),
         (dict(num_values=4000), "config.model.vocab_size=128"),
+        (dict(heldout_documents=1, max_gap=120), "config.data.recall.heldout_documents=1"),
+        (dict(documents=1, new_share=0.999), "config.data.recall.documents=1"),
         (dict(document_length=320), "config.data.recall.document_length=320"),
     ],
 )

@@ -147,6 +147,20 @@ def test_training_learns(whole):
     assert len(losses) == STEPS and losses[-1] < losses[0] - 1
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_corpus_is_built_leaves_nothing(home, tmp_path, number):
+    os.mkfifo(tmp_path / "lines.jsonl")  # a corpus that does not end
+    source = ["data.source=jsonl", f"data.path={tmp_path}", f"data.cache_dir={tmp_path / 'cache'}"]
+    child = start(home, tmp_path / "run", *source)
+    (tmp_path / "lines.jsonl").write_text('{"text": "of which all is hashed first"}\n')
+    with open(tmp_path / "lines.jsonl", "w"):
+        time.sleep(0.5)
+        child.send_signal(number)
+        code, said = finish(child)
+    assert code == 128 + number and said == "stopped before the first step; the same command begins again\n"
+    assert not (tmp_path / "run").exists() and not [*(tmp_path / "cache").iterdir()]
+
+
 def stopped_at(said: str) -> int:
     assert "Traceback" not in said
     return int(re.search(rf"stopped at step (\d+) of {STEPS}, saved; the same command goes on", said)[1])

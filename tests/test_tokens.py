@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -51,6 +52,20 @@ def refuse(config) -> str:
 def cache_folder(config) -> Path:
     (folder,) = Path(config.data.cache_dir).iterdir()
     return folder
+
+
+def test_what_killed_builds_left_is_removed_and_builds_at_work_are_not(tmp_path):
+    config = corpus_config(tmp_path)
+    open_corpus(config)
+    cache = cache_folder(config)
+    shutil.rmtree(cache)
+    left, works = cache.with_name(f".{cache.name}-left"), cache.with_name(f".{cache.name}-works")
+    for folder in (left, works):
+        (folder / "new").mkdir(parents=True)
+        (folder / "lock").touch()
+    with tokens._lock(works):
+        open_corpus(config)
+        assert sorted(cache.parent.iterdir()) == sorted([cache, works])
 
 
 def decoded(config, tokens_N, starts) -> list[str]:

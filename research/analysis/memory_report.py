@@ -23,10 +23,12 @@ OFF = 0.1  # relative error of a prediction that is named
 
 
 def save(plan: dict[str, Any], folder: Path) -> None:
-    """Writes frontier.json; an older check of the folder is of other cells, and is taken away."""
+    """Writes frontier.json; an older check of the folder that is of other programs is taken away."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "frontier.json", json.dumps(plan, indent=1) + "\n")
-    (folder / "check.json").unlink(missing_ok=True)
+    path, text = folder / "frontier.json", json.dumps(plan, indent=1) + "\n"
+    if not (path.exists() and path.read_text() == text):
+        (folder / "check.json").unlink(missing_ok=True)
+    write_text(path, text)
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -42,10 +44,16 @@ def read(folder: Path) -> dict[str, Any]:
         raise ConfigError("--workdir", str(folder), f"frontier.json is damaged ({error}); make it again") from None
 
 
+def read_check(folder: Path) -> list[dict[str, Any]]:
+    """What experiments/memory_check.py has measured of a folder's cells; nothing where it has not."""
+    path = folder / "check.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
 def write(folder: Path) -> str:
     """Writes report.md, frontier.csv and figures; returns the frontier's table and where the report is."""
     plan = read(folder)
-    checked = json.loads((folder / "check.json").read_text()) if (folder / "check.json").exists() else []
+    checked = read_check(folder)
     drawn = memory_figures.draw(plan, checked, folder / "figures")
     write_text(folder / "frontier.csv", table_csv(plan))
     sections = [

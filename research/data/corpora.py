@@ -112,7 +112,7 @@ def _read(data_config: Any) -> Iterator[Document]:
 def _read_jsonl(name: str, path: Path, data_config: Any) -> Iterator[Document]:
     field = data_config.text_field
     start = 0  # byte in the file, after decompression
-    with gzip.open(path) if name.endswith(".gz") else open(path, "rb") as lines:
+    with gzip.open(path) if name.lower().endswith(".gz") else open(path, "rb") as lines:
         for number, raw in enumerate(lines, 1):
             line = _decode(raw, start, name, data_config)
             start += len(raw)
@@ -120,7 +120,7 @@ def _read_jsonl(name: str, path: Path, data_config: Any) -> Iterator[Document]:
                 continue
             try:
                 row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 raise _bad_path(data_config, f"{name} line {number} is not JSON: {error}") from error
             if not isinstance(row, dict) or not isinstance(row.get(field), str):
                 has = f"it has {', '.join(row)}" if isinstance(row, dict) else "it is no object"
@@ -181,15 +181,21 @@ def _walk(root: Path, data_config: Any) -> list[tuple[str, Path]]:
         raise _bad_path(data_config, f"a folder in it cannot be read: {error}") from error
 
     stdlib = data_config.source == "stdlib"
-    found = []
-    for folder, folders, names in os.walk(root, onerror=stop):
+    found, seen = [], set()
+    for folder, folders, names in os.walk(root, onerror=stop, followlinks=not stdlib):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:  # by a link, and links may go round
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders.sort()
         if stdlib:
             folders[:] = [name for name in folders if name not in NOT_STDLIB]
             folders[:] = [name for name in folders if not name.startswith(BUILD_MADE)]
             names = [name for name in names if not name.startswith(BUILD_MADE)]
         folders[:] = [name for name in folders if not name.startswith(".")]
         names = [name for name in names if not name.startswith(".")]
-        found += [Path(folder, n) for n in names if n.endswith(EXTENSIONS[data_config.source])]
+        found += [Path(folder, n) for n in names if n.lower().endswith(EXTENSIONS[data_config.source])]
     return sorted((path.relative_to(root).as_posix(), path) for path in found)
 
 

@@ -39,6 +39,8 @@ def rows(repository: str, config: str, text_field: str) -> Iterator[dict]:
     )
     try:
         for line in reader.stdout:
+            if not line.endswith(b"\n"):  # killed while it wrote
+                break
             message = json.loads(line)
             if "error" in message:
                 raise HubError(message["error"])

@@ -44,6 +44,10 @@ def open_recall(config: Any) -> Corpus:
         split: make_documents(task, count, f"{seed} recall {split}", training=split == "train")
         for split, count in (("train", task.documents), ("heldout", task.heldout_documents))
     }
+    for name, split in (("documents", "train"), ("heldout_documents", "heldout")):
+        if not splits[split][1].any():
+            message = "none of them asks for a key again; give more, or a smaller config.data.recall.new_share"
+            raise ConfigError(f"config.data.recall.{name}", task[name], message)
     fields = dict(task.to_dict(), format=FORMAT, split_seed=seed)
     contents = {
         f"{split}_{name}": hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()

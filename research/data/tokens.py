@@ -6,11 +6,15 @@ split, then each split's documents are concatenated, each followed by end-of-tex
 concatenated without separators; `stream` splits its windows instead.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import logging
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,7 +165,8 @@ def _load(folder: Path) -> Corpus:
 def _build_into(folder: Path, config: Any) -> None:
     """Build beside `folder`, then rename; where another process was first, its is the same."""
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
+        _sweep(folder)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside, _lock(Path(beside)):
             build(Path(beside, "new"), config)
             try:
                 os.replace(Path(beside, "new"), folder)
@@ -170,6 +175,21 @@ def _build_into(folder: Path, config: Any) -> None:
                     raise
     except OSError as error:  # reading errors are ConfigErrors by now: it is writing that failed
         raise _bad_cache(config, f"cannot be written: {error}") from error
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what processes that were killed have left of this corpus."""
+    for left in folder.parent.glob(f".{folder.name}-*"):
+        with contextlib.suppress(OSError), _lock(left, made=False):  # whoever holds it is at work
+            shutil.rmtree(left, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _lock(beside: Path, made: bool = True) -> Iterator[None]:
+    """Holds a folder for this process. Raises: OSError where another holds it, or, not `made` here, none ever did."""
+    with open(beside / "lock", "w" if made else "r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
 
 
 def _discard(folder: Path, config: Any) -> None:
