@@ -1,11 +1,14 @@
 """The paths that only a GPU takes. Left out of `make test`; on a GPU: JAX_PLATFORMS=cuda python -m pytest -m gpu"""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from research import attention, flash, grouped, loss, optimizer, sharding, step, tile_kernels, tiles
+from research import attention, chunked, flash, grouped, loss, optimizer, sharding, step, tile_kernels, tiles
 from research.model import MoETransformer, make_expert
 from tests.small import model_config, placed, random_batch, relative, small_config
 from tests.test_flash import plain as plain_attention
@@ -126,11 +129,12 @@ def test_kernels_of_tiles_are_products_in_float32(rng, experts, width, hidden, r
         assert np.array_equal(a.astype(jnp.float32), c.astype(jnp.float32))
 
 
+@pytest.mark.parametrize(("backend", "dtype", "tolerance"), [("flash", "bfloat16", 1e-2), ("chunked", "float32", 1e-5)])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_flash_kernels_are_plain_attention(rng, dropout, masked):
-    """bfloat16 at the head width of the published model, rows of no whole blocks, against float32."""
-    q, k, v, cotangent = (jnp.asarray(x, jnp.bfloat16) for x in rng.standard_normal((4, 2, 300, 2, 48)))
+def test_attention_by_blocks_is_plain_attention(rng, one_device, dropout, masked, backend, dtype, tolerance):
+    """At the head width of the published model, rows of no whole blocks, against float32."""
+    q, k, v, cotangent = (jnp.asarray(x, dtype) for x in rng.standard_normal((4, 2, 300, 2, 48)))
     words = [jnp.asarray(rng.integers(0, 2**32, (2, 2, 300), dtype=np.uint32)) for _ in range(2)] if dropout else None
     segments = jnp.asarray(np.cumsum(rng.random((2, 300)) < 0.03, axis=1), jnp.int32)
     segments = (segments, segments) if masked else None
@@ -139,11 +143,16 @@ def test_flash_kernels_are_plain_attention(rng, dropout, masked):
         out, vjp = jax.vjp(attend, *arrays)
         return out, *vjp(cotangent.astype(out.dtype))
 
+    def by_blocks(q, k, v):
+        attend = functools.partial(getattr(flash if backend == "flash" else chunked, backend), dropout=dropout)
+        shard = jax.shard_map(attend, in_specs=P(), out_specs=P())
+        return shard(q, k, v, segments, words, jnp.int32(0))
+
+    def plain(q, k, v):
+        return plain_attention(q, k, v, segments, words, 0, dropout)
+
     with jax.default_matmul_precision("highest"):
-        wanted = outcome(
-            lambda q, k, v: plain_attention(q, k, v, segments, words, 0, dropout),
-            *(x.astype(jnp.float32) for x in (q, k, v)),
-        )
-    got = outcome(lambda q, k, v: flash.flash(q, k, v, segments, words, jnp.int32(0), dropout), q, k, v)
+        wanted = jax.jit(functools.partial(outcome, plain))(*(x.astype(jnp.float32) for x in (q, k, v)))
+        got = jax.jit(functools.partial(outcome, by_blocks))(q, k, v)
     for found, exact in zip(got, wanted, strict=True):
-        assert relative(found.astype(jnp.float32), exact) < 1e-2
+        assert relative(found.astype(jnp.float32), exact) < tolerance
