@@ -1,6 +1,7 @@
 """A script's --config=file.py:scale, --config.field=value and --workdir, with one clear line for each mistake."""
 
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,6 +37,21 @@ def read_flags(argv: Sequence[str]) -> tuple[ConfigDict, str]:
 def as_folder(name: str) -> Path:
     """As every script reads a folder: a shell leaves the ~ of --workdir=~/runs to us."""
     return Path(name).expanduser()
+
+
+def without_folder(argv: Sequence[str]) -> list[str]:
+    """The arguments without --workdir, which says nothing about what was computed."""
+    pairs = zip(["", *argv], argv, strict=False)
+    return [given for before, given in pairs if not given.startswith("--workdir") and before != "--workdir"]
+
+
+def check_folder(folder: Path) -> None:
+    """Leaves nothing. Raises: ConfigError where a folder cannot be made, or not be written in."""
+    try:
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        tempfile.TemporaryDirectory(dir=there).cleanup()
+    except OSError as error:
+        raise ConfigError("--workdir", str(folder), f"cannot be made: {error.strerror}") from None
 
 
 def make_folder(folder: Path) -> None:

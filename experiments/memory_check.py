@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         most = sizes.parse(arguments.most, "--most")
         if plan["absent"]:
             raise ConfigError("--workdir", str(arguments.workdir), f"is a plan for {plan['target']}, which is not here")
+        if "simulated" in plan["target"]:
+            message = f"is a plan for {plan['target']}: what one of several in one memory takes cannot be told"
+            raise ConfigError("--workdir", str(arguments.workdir), message)
         todo = [run for run in runs(plan) if run["predicted"] <= most]
         if not todo:
             raise ConfigError("--most", arguments.most, "no cell needs so little")
@@ -55,7 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{said}: measured before", file=sys.stderr, flush=True)
             continue
         print(said, file=sys.stderr, flush=True)
-        run |= measure(plan["config"], [*plan["given"], *run["overrides"].split()])
+        found = measure(plan["config"], [*plan["given"], *run["overrides"].split()])
+        if found.pop("target", plan["target"]) != plan["target"]:
+            print(f"error: --workdir={str(arguments.workdir)!r}: is a plan for {plan['target']}, which is not here",
+                  file=sys.stderr)  # fmt: skip
+            return 2
+        run |= found
         begun = [run for run in todo if "measured" in run]
         write_text(arguments.workdir / "check.json", json.dumps(begun, indent=1) + "\n")
         memory_report.write(arguments.workdir)

@@ -9,7 +9,7 @@ A budget is of one device; 24G and 24GiB are powers of 1024, 24GB of 1000. --rem
 and --mesh (data x seq, such as 1x1,8x1,2x4; simulated on CPU) take lists: every combination is planned. --topology
 compiles for an accelerator that is not here (h200, h100, a100, h200:8, v5e:2x4). Without --law and --parts nothing but
 the frontier is compiled. Writes frontier.json, frontier.csv, report.md and figures to --workdir.
-Exit codes: 0; 2, a mistake, nothing written.
+Exit codes: 0; 2, a mistake, nothing written; 130, stopped by Ctrl-C.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.flags import as_folder, load_config
+from experiments.flags import as_folder, check_folder, load_config, make_folder, without_folder
 from research import sizes
 from research.config import CHOICES, ConfigError
 
@@ -40,10 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(memory_report.write(arguments.workdir))
             return 0
+        check_folder(arguments.workdir)
         plan = make(arguments)
+        make_folder(arguments.workdir)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; what was compiled is kept, and the same command goes on from there", file=sys.stderr)
+        return 130
     from research.analysis import memory_report
 
     memory_report.save(plan, arguments.workdir)
@@ -133,7 +138,7 @@ def make(arguments: argparse.Namespace) -> dict[str, Any]:
 
     devices = max(choice.get("mesh.data", 1) * choice.get("mesh.seq", 1) for choice in planned)
     target = targets.absent(arguments.topology) if arguments.topology else targets.at_hand(devices)
-    if target.platform == "cpu" and len(target.devices) == 1 and config.mesh.data == -1:
+    if target.platform == "cpu" and devices == 1 and config.mesh.data == -1:
         arguments.overrides.append("--config.mesh.data=1")  # a run would make devices of the cores
         config = load_config(arguments.config, arguments.overrides)
     plan = memory_plan.make(
@@ -143,7 +148,7 @@ def make(arguments: argparse.Namespace) -> dict[str, Any]:
         "python",
         "-m",
         "experiments.memory_frontier",
-        *(a for a in sys.argv[1:] if not a.startswith("--workdir")),
+        *without_folder(sys.argv[1:]),
     ]
     return dict(command=command, config=arguments.config, given=arguments.overrides) | plan
 

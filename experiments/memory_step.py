@@ -36,11 +36,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def measure(config) -> dict[str, float]:
-    """{'predicted', 'measured' (bytes), 'seconds' (median of a step)} of a config's step on the device at hand."""
+    """{'predicted', 'measured' (bytes), 'seconds' (median of a step), 'target'} of a config's step on what is here."""
     import jax
     import numpy as np
 
-    from research import checkpoint, cores, heaps, sharding, step
+    from research import checkpoint, cores, heaps, sharding, step, target
     from research.analysis import memory
     from research.config import validate
     from research.model import ModelConfig, MoETransformer
@@ -72,7 +72,8 @@ def measure(config) -> dict[str, float]:
             jax.block_until_ready((state, metrics))
             seconds.append(time.monotonic() - began)
         measured = _peak() - between + (found.arguments if between else 0)
-    return dict(predicted=found.total, measured=measured, seconds=statistics.median(seconds))
+    here = target.at_hand().name
+    return dict(predicted=found.total, measured=measured, seconds=statistics.median(seconds), target=here)
 
 
 def _begin() -> int:

@@ -8,6 +8,7 @@ devices and never run. Writes scale.json and report.md. Exit codes: 0; 2, a mist
 """
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -17,7 +18,7 @@ from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # simulated devices, whatever is here
 
-from experiments.flags import as_folder, load_config  # noqa: E402
+from experiments.flags import as_folder, check_folder, load_config, make_folder, without_folder  # noqa: E402
 from research import target  # noqa: E402
 from research.analysis import scale, scale_report  # noqa: E402
 from research.config import ConfigError  # noqa: E402
@@ -41,10 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, overrides = parser.parse_known_args(argv)
     try:
         if not arguments.report_only:
+            check_folder(arguments.workdir)
             rows = plan(arguments, overrides)
-            scale_report.save(
-                arguments.workdir, ["python", "-m", "experiments.scale", *_public(argv)], arguments.tokens, rows
-            )
+            make_folder(arguments.workdir)
+            command = ["python", "-m", "experiments.scale", *without_folder(argv)]
+            scale_report.save(arguments.workdir, command, arguments.tokens, rows)
         print(scale_report.write(arguments.workdir))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -56,6 +58,9 @@ def plan(arguments: argparse.Namespace, overrides: Sequence[str]) -> list[dict[s
     """The rows of all strategies, numbers of devices and meshes that can hold them."""
     counts, seqs = _numbers("--devices", arguments.devices), _numbers("--seq", arguments.seq)
     configs = [load_config(f"{CONFIGS / name}.py:{arguments.scale}", overrides) for name in STRATEGIES]
+    longest = math.lcm(*(config.seq_len for config in configs))
+    if arguments.tokens < 1 or arguments.tokens % longest:
+        raise ConfigError("--tokens", arguments.tokens, f"give a multiple of {longest}: whole rows of each strategy")
     todo = [
         (config, mesh) for config in configs for n in counts for mesh in scale.meshes(n, config, arguments.tokens, seqs)
     ]
@@ -81,11 +86,6 @@ def _numbers(flag: str, given: str) -> list[int]:
     if min(numbers) < 1:
         raise ConfigError(flag, given, "must be 1 or more")
     return numbers
-
-
-def _public(argv: Sequence[str]) -> list[str]:
-    """The arguments without the folder, which says nothing about the numbers."""
-    return [argument for argument in argv if not argument.startswith("--workdir")]
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ def planned(config: Any, workdir: str | None = None) -> Any:
     budget = sizes.parse(config.memory_budget, "config.memory_budget")
     begun = _begun(config, workdir)
     if config.batch_size == -1 and begun is not None:
+        print(f"batch size {begun}, of the run in {workdir}", file=sys.stderr)
         return frontier.with_fields(config, dict(batch_size=begun)).lock()
     devices = tuple(cores.devices_of(config))
     here = dataclasses.replace(target.at_hand(), devices=devices)
@@ -40,8 +41,10 @@ def planned(config: Any, workdir: str | None = None) -> Any:
         if needed > budget:
             message = f"a step needs {sizes.show(needed)}, more than config.memory_budget={config.memory_budget}"
             raise ConfigError("config.batch_size", config.batch_size, f"{message}; lower it, or plan it by -1")
+        if problem := frontier.over_in_evaluation(config, budget // sharing, programs):
+            raise problem
         return config
-    cell = frontier.plan(config, budget // sharing, programs)
+    cell = frontier.plan(config, budget // sharing, programs, field="config.memory_budget")
     if not cell.batch:
         raise frontier.too_small("config.memory_budget", config.memory_budget, [cell], sharing)
     where = f"on {sharing} cores" if sharing > 1 else "a device"
@@ -55,12 +58,11 @@ def planned(config: Any, workdir: str | None = None) -> Any:
 
 
 def _begun(config: Any, workdir: str | None) -> int | None:
-    """The batch size of the run that is in `workdir`, if it was planned for the same budget."""
-    path = Path(workdir or "") / "config.json"
-    if workdir is None or not path.exists():
+    """The batch size of the run that is in `workdir`, if it has the same budget."""
+    if workdir is None:
         return None
     try:
-        known = json.loads(path.read_text())
-    except ValueError:
-        return None  # checkpoint.claim_workdir says what is wrong with it
-    return known.get("batch_size") if known.get("memory_budget") == config.memory_budget else None
+        known = json.loads((Path(workdir) / "config.json").read_text())
+        return known["batch_size"] if known["memory_budget"] == config.memory_budget else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None  # no run is there, or checkpoint.claim_workdir says what is wrong with it

@@ -124,12 +124,15 @@ def test_the_floor_of_sending_is_counted_by_hand():
     assert machine.seconds(across) == pytest.approx(1000 * (3 / 4) / 100 + 1000 / 4 * (1 / 2) / 10)
     apart = collectives.Collective("all-gather", 1000, (0, 4), ("data",), 1)  # two nodes, one device of each
     assert machine.seconds(apart) == pytest.approx(1000 * (1 / 2) / 10)
+    uneven = collectives.Collective("all-gather", 1000, tuple(range(6)), ("data",), 1)  # a node of four, and two of one
+    assert machine.seconds(uneven) == pytest.approx(1000 * (3 / 4) / 100 + 1000 / 2 * (1 / 2) / 10)
 
 
 def test_a_plan_is_a_table_and_the_same_again(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(script, "STRATEGIES", ("balanced",))
     arguments = ["--scale=cpu", "--tokens=16384", "--devices=1,4", "--seq=1,2", f"--workdir={tmp_path}"]
     small = ["--config.model.d_model=32", "--config.model.num_layers=4", "--config.model.d_ff=64"]
+    small += ["--config.model.unroll=4", "--config.train.accumulation=2"]  # the same step, on paper
     assert script.main([*arguments, *small]) == 0
     rows = json.loads((tmp_path / "scale.json").read_text())["rows"]
     assert [(r["devices"], r["data"], r["seq"]) for r in rows] == [(1, 1, 1), (4, 4, 1), (4, 2, 2)]
@@ -153,6 +156,10 @@ def test_a_plan_is_a_table_and_the_same_again(tmp_path, capsys, monkeypatch):
         (["--devices=8,x"], "--devices"),
         (["--seq=0"], "--seq"),
         (["--devices=3", "--seq=1", "--tokens=16384"], "no mesh"),
+        (["--tokens=0"], "--tokens=0: give a multiple of 2048"),
+        (["--tokens=16385"], "--tokens=16385: give a multiple of 2048"),
+        (["--workdir=/proc/scale"], "--workdir='/proc/scale': cannot be made"),
+        (["--config.model.num_layers=1", "--devices=1", "--seq=1", "--tokens=2048"], "config.model.num_layers=1"),
         (["--config.model.width=3"], "config.model.width"),
         (["--report_only"], "no scale.json"),
     ],

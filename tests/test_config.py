@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import HfApi
 
 from experiments import train
-from experiments.flags import load_config
+from experiments.flags import load_config, without_folder
 from research.config import ConfigError, num_steps, validate
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module")
@@ -228,3 +228,8 @@ def test_kernels_of_a_gpu_are_refused_elsewhere():
     for platform in ("cpu", "tpu"):
         with pytest.raises(ConfigError, match=platform):
             validate(config, (1, 1, 1), platform)
+
+
+def test_a_command_is_kept_without_its_folder():
+    given = ["--a=1", "--workdir=x", "--workdir", "y", "--b"]
+    assert without_folder(given) == ["--a=1", "--b"] and without_folder(["--workdir"]) == []

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from research import planner, sizes, target
+from research import evaluate, planner, sizes, target
 from research.analysis import frontier, memory, programs
 from research.config import ConfigError
+from research.data import stream, tokens
 from tests.small import small_config
 
 
@@ -60,14 +61,14 @@ def test_a_dip_is_no_reason_to_try_a_thousand_times_more():
 
 
 def test_what_always_fits_is_said():
-    with pytest.raises(OverflowError):
+    with pytest.raises(frontier.TooMuch):
         frontier.largest(lambda units: 5, 10)
 
 
 def config_of(tmp_path, **fields):
     config = small_config(remat="none")
     config.data.cache_dir = str(tmp_path)
-    config.eval.batch_tokens = 64
+    config.eval.batch_tokens, config.eval.contexts = 64, (8,)
     config.train.steps = 10
     config.optimizer.name, config.model.num_layers = "adamw", 1  # quick to compile
     return frontier.with_fields(config, dict(batch_size=4, seq_len=16) | fields)
@@ -111,7 +112,18 @@ def test_a_batch_of_minus_one_is_filled_in(tmp_path):
     ("fields", "message"),
     [
         (dict(batch_size=-1), "config.batch_size=-1: plans the largest that fits: give config.memory_budget"),
-        (dict(batch_size=-1, memory_budget="1KiB"), "config.eval.batch_tokens=64: evaluation alone needs"),
+        (
+            dict(batch_size=-1, memory_budget="1KiB"),  # less than the parameters: evaluation's is not what is wrong
+            "config.memory_budget='1KiB': too small for a step: 1 x 16 needs",
+        ),
+        (
+            dict(batch_size=-1, memory_budget="700KiB", **{"eval.contexts": (8, 1536)}),
+            "config.eval.batch_tokens=64: scoring windows of 1632 alone needs",
+        ),
+        (
+            dict(batch_size=2, memory_budget="700KiB", **{"eval.contexts": (8, 1536)}),
+            "config.eval.batch_tokens=64: scoring windows of 1632 alone needs",
+        ),
         (
             dict(batch_size=-1, memory_budget="400KiB"),
             "config.memory_budget='400KiB': too small for a step: 1 x 16 needs",
@@ -124,6 +136,26 @@ def test_a_budget_that_cannot_be_is_one_line(tmp_path, fields, message):
     with pytest.raises(ConfigError) as error:
         planner.planned(config)
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_a_run_is_scored_on_no_longer_windows_than_are_planned_for(tmp_path):
+    config = config_of(tmp_path, **{"eval.contexts": (8, 48), "eval.run_length": 4, "eval.num_targets": 64})
+    config.model.vocab_size = 257
+    config.data.update(source="text", path=str(Path(__file__).parent), tokenizer="bytes")
+    suites = evaluate.make_suites(tokens.open_corpus(config), config, (1, 1, 1))
+    lengths = [suite.batches["inputs"].shape[-1] for suite in suites.values()]
+    assert max(lengths) == stream.longest_window(config) == 52
+    recall = frontier.with_fields(config, {"data.source": "recall", "data.recall.document_length": 256})
+    assert stream.longest_window(recall) == 256
+
+
+def test_nothing_is_planned_where_a_folder_or_a_cache_cannot_be_written(tmp_path, here):
+    config = one_device(config_of(tmp_path))
+    (tmp_path / "memory").write_text("a file")
+    with pytest.raises(ConfigError, match="config.data.cache_dir=.*cannot be written"):
+        programs.Programs(here).usage(config)
+    (tmp_path / "config.json").write_text("[]")
+    assert planner._begun(config, str(tmp_path)) is None and planner._begun(config, "x" * 300) is None
 
 
 def test_a_compiled_program_is_kept_and_a_changed_one_compiled_again(tmp_path, here):

@@ -243,6 +243,8 @@ def test_a_frontier_is_a_table_a_csv_and_figures_and_its_overrides_run(tmp_path,
         (["--budget=1GiB", "--topology=h300"], "--topology='h300': unknown; choose one of h200"),
         (["--budget=1GiB", "--lengths=64,128", "--law"], "--lengths='64,128': the law of memory needs"),
         (["--budget=1GiB", "--lengths=33", "--mesh=1x2"], "config.seq_len=33"),
+        (["--budget=1GiB", "--workdir=/proc/frontier"], "--workdir='/proc/frontier': cannot be made"),
+        (["--budget=1GiB", f"--workdir={'x' * 300}"], f"--workdir='{'x' * 300}': cannot be made"),
         (["--budget=200KiB", "--lengths=64"], "--budget='200KiB': too small for a step: 1 x 64 needs"),
     ],
 )
@@ -250,10 +252,12 @@ def test_a_mistake_is_one_line_and_nothing_is_written(tmp_path, capsys, argument
     small = [*SMALL, "--config.eval.batch_tokens=1", f"--config.data.cache_dir={tmp_path / 'cache'}"]
     if "--mesh=1x2" in arguments:
         small.remove("--config.mesh.data=1")
-    assert cli(*arguments, "--remat=none" if "--remat=some" not in arguments else "--remat=some", *small,
-               f"--workdir={tmp_path / 'frontier'}") == 2  # fmt: skip
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    given = [f"--workdir={tmp_path / 'frontier'}", "--remat=none", *small, *arguments]  # the last of each counts
+    assert cli(*given) == 2
+    said = capsys.readouterr().err.splitlines()
+    errors = [line for line in said if line.startswith("error: ")]
     assert len(errors) == 1 and errors[0].startswith(f"error: {message}")
+    assert len(said) == 1 or "too small" in message  # which alone needs a compiler
     assert not (tmp_path / "frontier").exists()
 
 
@@ -302,7 +306,8 @@ def test_a_plan_beside_real_steps(monkeypatch):
 
 def test_a_check_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     cell = dict(unit=1, seq_len=512, choice={"model.remat": "block"}, total=100)
-    plan = dict(absent=False, config="configs/balanced.py:cpu", given=[], cells=[cell | dict(batch=b) for b in (8, 6)])
+    cells, target = [cell | dict(batch=b) for b in (8, 6)], "CPU"
+    plan = dict(absent=False, target=target, config="configs/balanced.py:cpu", given=[], cells=cells)
     memory_report.save(plan, tmp_path)
     monkeypatch.setattr(memory_report, "write", lambda folder: "")
     asked, stopped = [], []
@@ -312,7 +317,7 @@ def test_a_check_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
             stopped.append(True)
             raise KeyboardInterrupt
         asked.append(overrides[0])
-        return dict(measured=None if len(asked) == 1 else 101, seconds=None, error="once")
+        return dict(measured=None if len(asked) == 1 else 101, seconds=None, target=target)
 
     monkeypatch.setattr(memory_check, "measure", measure)
     with pytest.raises(KeyboardInterrupt):
@@ -323,6 +328,13 @@ def test_a_check_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     assert [run["batch"] for run in memory_report.read_check(tmp_path)] == [8, 4, 6, 3]
     memory_report.save(plan | dict(given=["--config.seed=1"]), tmp_path)
     assert not memory_report.read_check(tmp_path)
+    for wrong in ("NVIDIA H200", "CPU x 8, simulated"):
+        memory_report.save(plan | dict(target=wrong), tmp_path)
+        assert memory_check.main([f"--workdir={tmp_path}"]) == 2 and not memory_report.read_check(tmp_path)
+        assert f"is a plan for {wrong}" in capsys.readouterr().err
+    (tmp_path / "check.json").write_text("[{")
+    with pytest.raises(ConfigError, match="check.json is damaged"):
+        memory_report.read_check(tmp_path)
 
 
 def test_a_plan_for_what_is_not_here_is_not_run(tmp_path, capsys):

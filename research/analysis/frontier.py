@@ -15,6 +15,7 @@ from research import sharding, sizes
 from research.analysis import memory
 from research.analysis.programs import Programs
 from research.config import ConfigError, validate
+from research.data import stream
 
 GROWTH = 64  # times the largest batch that is known to fit: no guess goes further
 SECANTS = 10  # measurements; memory that is so far from affine is halved instead
@@ -31,11 +32,15 @@ class Found:
     next_bytes: int
 
 
+class TooMuch(Exception):
+    """More units fit than anyone trains with."""
+
+
 def largest(measure: Callable[[int], int], budget: int, guess: int = 2, empty: int = 0) -> Found:
     """The largest u with measure(u) <= budget, where measure(u) grows with u.
 
     `guess`, and `empty`, about what no unit at all would take, save calls if they are near.
-    Raises: OverflowError where LIMIT units fit.
+    Raises: TooMuch where LIMIT units fit.
     """
     known = {0: empty}
     fits, fails, trial = 0, math.inf, max(1, guess)
@@ -46,7 +51,7 @@ def largest(measure: Callable[[int], int], budget: int, guess: int = 2, empty: i
         else:
             fails = trial
         if fits >= LIMIT:
-            raise OverflowError
+            raise TooMuch
         trial = _next_trial(known, fits, fails, budget)
     return Found(fits, known[fits] if fits else 0, known[fits + 1])
 
@@ -107,32 +112,58 @@ def frontier(
 
 
 def plan(
-    config: Any, budget: int, programs: Programs, tokens: int = GUESS, choice: dict[str, Any] | None = None
-) -> Cell:
-    """The largest batch of a config's length in `budget` bytes a device; `tokens`: about as many fit a step."""
-    mesh = memory.mesh_of(config, programs.target)
-    unit = max(1, mesh.shape["data"] * config.train.accumulation)
+    config: Any, budget: int, programs: Programs, tokens: int = GUESS, choice: dict[str, Any] | None = None,
+    field: str = "--budget",
+) -> Cell:  # fmt: skip
+    """The largest batch of a config's length in `budget` bytes a device; `tokens`: about as many fit a step.
+
+    Raises: ConfigError for a config that cannot run, one whose evaluation needs more, and a budget (called `field`)
+    that holds more than anyone trains with.
+    """
+    unit = unit_of(config, programs)
 
     def measure(units: int) -> int:
         return programs.usage(with_fields(config, dict(batch_size=units * unit))).total
 
-    first = with_fields(config, dict(batch_size=unit))
-    validate(first, tuple(mesh.shape[axis] for axis in sharding.AXES), programs.target.platform)
+    first = checked(config, programs)
     state = memory.state_bytes(first, programs.target)
     evaluation = programs.usage(first, "eval").total
-    if evaluation > budget:
-        raise ConfigError(
-            "config.eval.batch_tokens", config.eval.batch_tokens,
-            f"evaluation alone needs {sizes.show(evaluation)} of {sizes.show(budget)} a device at length"
-            f" {config.seq_len}; lower it",
-        )  # fmt: skip
+    problem = over_in_evaluation(first, budget, programs)
+    if problem and programs.usage(first).total <= budget:  # else no step fits, which says more
+        raise problem
     try:
         found = largest(measure, budget, max(2, tokens // config.seq_len // unit), sum(state.values()))
-    except OverflowError:
-        raise ConfigError("budget", sizes.show(budget), f"more than {LIMIT} rows of {config.seq_len} fit") from None
+    except TooMuch:
+        message = f"more than {LIMIT * unit} rows of {config.seq_len} fit; give less"
+        raise ConfigError(field, sizes.show(budget), message) from None
     batch = found.units * unit
     usage = programs.usage(with_fields(config, dict(batch_size=batch))) if batch else None
     return Cell(config.seq_len, choice or {}, batch, unit, usage, found.next_bytes, evaluation, state)
+
+
+def unit_of(config: Any, programs: Programs) -> int:
+    """The least rows that a config's mesh and accumulation take."""
+    return max(1, memory.mesh_of(config, programs.target).shape["data"] * config.train.accumulation)
+
+
+def checked(config: Any, programs: Programs) -> ConfigDict:
+    """The config with the least batch. Raises: ConfigError where it cannot run on the target."""
+    mesh = memory.mesh_of(config, programs.target)
+    first = with_fields(config, dict(batch_size=unit_of(config, programs)))
+    validate(first, tuple(mesh.shape[axis] for axis in sharding.AXES), programs.target.platform)
+    return first
+
+
+def over_in_evaluation(config: Any, budget: int, programs: Programs) -> ConfigError | None:
+    """What is wrong where scoring a config needs more than `budget` bytes a device: at the length that it is trained
+    at or, when training is over, at the longest that it is scored at."""
+    for length in dict.fromkeys((config.seq_len, stream.longest_window(config))):
+        needed = programs.usage(with_fields(config, dict(seq_len=length)), "eval").total
+        if needed > budget:
+            message = f"scoring windows of {length} alone needs {sizes.show(needed)} of {sizes.show(budget)} a device"
+            message += "; lower it, or the largest of config.eval.contexts"
+            return ConfigError("config.eval.batch_tokens", config.eval.batch_tokens, message)
+    return None
 
 
 def with_fields(config: Any, fields: dict[str, Any]) -> ConfigDict:

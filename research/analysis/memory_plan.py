@@ -34,6 +34,9 @@ def make(
     backends = law_backends(config, target) if law else []
     grid = law_lengths(lengths) if law else []
     total = len(lengths) * len(choices) + len(backends) * len(grid) * len(LAW_BATCHES)
+    for choice in choices:  # a mistake is said before anything compiles
+        for length in lengths:
+            frontier.checked(with_fields(config, choice | dict(seq_len=length)), Programs(target))
     with _progress(total) as progress:
         programs = Programs(target, progress.saying)
 
@@ -111,7 +114,7 @@ def law_lengths(lengths: Sequence[int]) -> list[int]:
 def _law(config, backend, lengths, programs, progress) -> dict[str, Any]:
     taken, done = [], []
     for length in lengths:
-        for batch in LAW_BATCHES:
+        for batch in (number * frontier.unit_of(config, programs) for number in LAW_BATCHES):
             given = with_fields(config, {"model.attention": backend, "seq_len": length, "batch_size": batch})
             taken.append(memory_law.Point(batch, length, programs.usage(given).total))
             if backend in COUNTED:

@@ -47,7 +47,10 @@ def read(folder: Path) -> dict[str, Any]:
 def read_check(folder: Path) -> list[dict[str, Any]]:
     """What experiments/memory_check.py has measured of a folder's cells; nothing where it has not."""
     path = folder / "check.json"
-    return json.loads(path.read_text()) if path.exists() else []
+    try:
+        return json.loads(path.read_text()) if path.exists() else []
+    except ValueError as error:
+        raise ConfigError("--workdir", str(folder), f"check.json is damaged ({error}); remove it") from None
 
 
 def write(folder: Path) -> str:

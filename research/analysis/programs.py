@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from research.analysis import memory
+from research.config import ConfigError
 from research.data.tokens import cache_root
 from research.files import write_text
 from research.target import Target
@@ -72,9 +73,17 @@ class Programs:
                 self.saying(describe(config, kind))
                 found = KINDS[kind](config, self.target)
                 self.compiled += 1
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_text(path, json.dumps(dataclasses.asdict(found)) + "\n")
+                _keep(path, found, config)
             return found
+
+
+def _keep(path: Path, found: memory.Usage, config: Any) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(dataclasses.asdict(found)) + "\n")
+    except OSError as error:
+        message = f"{path.parent} cannot be written: {error.strerror}"
+        raise ConfigError("config.data.cache_dir", config.data.cache_dir, message) from None
 
 
 def describe(config: Any, kind: str) -> str:

@@ -38,10 +38,10 @@ class Machine:
     def seconds(self, collective: Collective) -> float:
         """At least. Across nodes: within each first, then a device of each with its like, each by a way of its own."""
         blocks = [number // self.node for number in collective.group]
-        inside = blocks.count(blocks[0])
-        nodes = len(collective.group) // inside
-        near = (inside - 1) / inside / self.near
-        far = (nodes - 1) / nodes / inside / self.far
+        counts = [blocks.count(block) for block in set(blocks)]  # a node that is not full has fewer ways out
+        nodes, fewest, most = len(counts), min(counts), max(counts)
+        near = (most - 1) / most / self.near
+        far = (nodes - 1) / nodes / fewest / self.far
         return collective.times * collective.passes * collective.bytes * (near + far)
 
 
@@ -64,6 +64,9 @@ def plan(config: Any, target: Target, tokens: int, mesh: tuple[int, int]) -> dic
     if tokens % config.seq_len or rows % data:
         raise ConfigError("--tokens", tokens, f"not divisible into rows of {config.seq_len} on {data} devices each")
     fields = {"batch_size": rows, "mesh.data": data, "mesh.expert": 1, "mesh.seq": seq, "mesh.fsdp": False}
+    fields |= {"train.accumulation": 1, "model.unroll": 1}  # `spent_on` tells layers by their loop
+    if config.model.num_layers == 1:
+        raise ConfigError("config.model.num_layers", 1, "give 2 or more: what a layer sends is told by their loop")
     dtype = TWO_BYTES.get(config.model.dtype, config.model.dtype)
     config = with_fields(config, fields)
     devices = data * seq

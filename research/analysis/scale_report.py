@@ -29,6 +29,8 @@ def write(folder: Path) -> str:
         found = json.loads((folder / "scale.json").read_text())
     except FileNotFoundError:
         raise ConfigError("--workdir", str(folder), "holds no scale.json; leave out --report_only") from None
+    except ValueError as error:
+        raise ConfigError("--workdir", str(folder), f"scale.json is damaged ({error}); make it again") from None
     text = "\n\n".join([heading(found), markdown(*table(found["rows"])), *sentences(found["rows"])])
     write_text(folder / "report.md", text + "\n")
     return f"{text}\n\n{folder / 'report.md'}"

@@ -194,8 +194,8 @@ def context_windows(targets: Targets, corpus: Corpus, context: int) -> dict[str,
     """
     if context < 4 or context % 4:
         raise ConfigError("config.eval.contexts", context, "give multiples of 4 tokens, such as (24, 96)")
-    stride = min(context // 4, targets.run_length)
-    length = context + stride
+    length = window_length(context, targets.run_length)
+    stride = length - context
     begins = np.arange(0, targets.run_length, stride)
     ends = np.minimum(begins + stride, targets.run_length)
     runs = targets.positions.reshape(-1, targets.run_length)
@@ -207,6 +207,18 @@ def context_windows(targets: Targets, corpus: Corpus, context: int) -> dict[str,
     scored_W = np.tile(ends - begins, len(runs))  # a run's last window may score fewer
     rows["targets"][np.arange(length) < length - scored_W[:, None]] = -1
     return rows
+
+
+def window_length(context: int, run_length: int) -> int:
+    """Tokens of a window that scores a run of targets, or a part of it, with `context` tokens before each."""
+    return context + min(context // 4, run_length)
+
+
+def longest_window(config: Any) -> int:
+    """Tokens of the longest window that a run is scored on, at its end: of its contexts, or whole recall documents."""
+    if config.data.source == "recall":
+        return max(config.seq_len, config.data.recall.document_length)
+    return max(config.seq_len, *(window_length(c, config.eval.run_length) for c in config.eval.contexts))
 
 
 def window_rows(tokens_N: np.ndarray, starts: np.ndarray, length: int) -> dict[str, np.ndarray]:
