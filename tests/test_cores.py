@@ -86,7 +86,8 @@ def test_an_accelerator_is_never_left_idle(monkeypatch):
 
 def test_a_budget_is_of_all_devices_of_a_cpu(tmp_path):
     config = config_of(batch_size=-1, memory_budget="6MiB", **{"data.cache_dir": str(tmp_path), "train.steps": 10})
-    config.eval.batch_tokens, config.optimizer.name, config.model.num_layers = 64, "adamw", 1  # quick to compile
+    config.eval.batch_tokens, config.eval.contexts = 64, (8,)
+    config.optimizer.name, config.model.num_layers = "adamw", 1  # quick to compile
     found = planner.planned(config)
     here = target.at_hand()
     mesh = memory.mesh_of(found, here)
