@@ -3,7 +3,7 @@
     python -m experiments.train --config=configs/balanced.py:cpu --workdir=runs/balanced --config.train.steps=50
 
 The same command goes on where it was stopped. Exit codes: 0, finished; 2, a mistake in the config (nothing written);
-3, the loss is not finite; 4, no checkpoint can be read; 130 or 143, stopped by Ctrl-C or SIGTERM after saving.
+3, the loss is not finite; 4, no checkpoint can be read; 130 or 143, stopped by Ctrl-C or SIGTERM, saved.
 """
 
 import logging

@@ -38,7 +38,8 @@ def curves_figure(analysis: dict[str, Any], styles: Styles) -> Figure:
     for axes in (left, right):
         _context_axis(axes, [c["context"] for c in entries[0]["curve"]], arms, styles)
     marks = "dotted, hollow: raw, beyond the trained length T;  thin: sliding window"
-    note = f"bands (right): 95 %, seeds and documents;  {marks}"
+    over = "seeds and documents" if any(len(arm["seeds"]) > 1 for arm in arms) else "documents (one seed)"
+    note = f"bands (right): 95 %, {over};  {marks}" if right.collections else marks
     legend(figure, left, note, any(arm["own"]["leaking"] for arm in arms))
     return figure
 
