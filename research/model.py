@@ -75,6 +75,13 @@ def _rms_norm_backward(epsilon, saved, d_out):
 rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
+def normalize(hidden_BTD: jax.Array, scale_D: jax.Array, epsilon: float) -> jax.Array:
+    """rms_norm of each shard's own positions."""
+    local = lambda x, scale_D: rms_norm(x, sharding.varying(scale_D), epsilon)  # noqa: E731
+    run = jax.shard_map(local, in_specs=(sharding.HIDDEN, sharding.whole()), out_specs=sharding.HIDDEN)
+    return run(hidden_BTD, sharding.gather(scale_D, jnp.float32))
+
+
 @jax.custom_vjp
 def silu(x: jax.Array) -> jax.Array:
     """x sigmoid(x). Own gradient: it keeps x alone, where autodiff keeps the sigmoid as well."""
@@ -139,7 +146,7 @@ class Block(nn.Module):
 
     def think(self, hidden_BTD: jax.Array) -> tuple[jax.Array, dict]:
         c = self.config
-        normed = rms_norm(hidden_BTD, self.weight("moe_norm", (c.d_model,), None), c.norm_epsilon)
+        normed = normalize(hidden_BTD, self.weight("moe_norm", (c.d_model,), None), c.norm_epsilon)
         out_BTD, sums = self.experts(normed)
         return hidden_BTD + dropout(out_BTD, c.dropout, self.key("dropout")), sums
 
@@ -154,7 +161,7 @@ class Block(nn.Module):
 
         @functools.partial(jax.checkpoint, prevent_cse=False)  # normalised again in the backward pass, not kept
         def project(hidden_BTD: jax.Array, scale_D: jax.Array, qkv: jax.Array) -> tuple[jax.Array, ...]:
-            x_BTD = rms_norm(hidden_BTD, scale_D, c.norm_epsilon)
+            x_BTD = normalize(hidden_BTD, scale_D, c.norm_epsilon)
             q, k = (jnp.einsum("btd,dhk->bthk", x_BTD, attention.deinterleave(qkv[:, i])) for i in (0, 1))
             v = jnp.einsum("btd,dhk->bthk", x_BTD, qkv[:, 2])
             return attention.rotate(q, *rotary), attention.rotate(k, *rotary), v
@@ -251,10 +258,11 @@ class MoETransformer(nn.Module):
             in_axes=nn.broadcast,
             length=c.num_layers,
             unroll=c.unroll,
+            check_constancy_invariants=False,  # Flax's check does not know of parameters that are `whole`
         )(c, train, name="layers")
         hidden_BTD, sums = layers(hidden_BTD, rotary, segments_BT)
         scale_D = parameter(self, "final_norm", (c.d_model,), None, c)
-        hidden_BTD = rms_norm(hidden_BTD, scale_D, c.norm_epsilon)
+        hidden_BTD = normalize(hidden_BTD, scale_D, c.norm_epsilon)
         hidden_BTD = dropout(hidden_BTD, c.dropout, self.make_rng("dropout") if train else None)
         return hidden_BTD, moe.router_statistics(sums, tokens_BT.size)
 

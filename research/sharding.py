@@ -75,9 +75,25 @@ def whole() -> P:
 def gather(weight: jax.Array, dtype: Any) -> jax.Array:
     """A parameter where it is used, `whole`: cast first, so that the gather moves the smaller type.
 
-    Parts of its gradient, one a device, are added up here: once, over the whole mesh, after all its uses.
+    Parts of its gradient, one a device, are added up here: once, over the whole mesh, after all its uses. Of one that
+    is `whole` already they are left as parts.
     """
     return jax.reshard(weight.astype(dtype), whole())
+
+
+def hold(params: Any) -> Any:
+    """The parameters, those that every device has marked `whole`: their gradients are left as parts, one a device."""
+
+    def mark(weight: jax.Array) -> jax.Array:
+        divided = any(axes is not None for axes in jax.typeof(weight).sharding.spec)
+        return weight if divided else jax.reshard(weight, whole())
+
+    return jax.tree.map(mark, params)
+
+
+def add_up(grads: Any, params: Any) -> Any:
+    """Gradients of `hold(params)`, the devices' parts added up: sharded as the parameters are."""
+    return jax.tree.map(lambda g, weight: jax.reshard(g, jax.typeof(weight).sharding.spec), grads, params)
 
 
 def varying_axes(x: jax.Array) -> tuple[str, ...]:

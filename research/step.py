@@ -67,22 +67,28 @@ def objective(
 def accumulate(
     params: Any, batch: dict[str, jax.Array], model: MoETransformer, key: jax.Array
 ) -> tuple[Any, dict[str, jax.Array]]:
-    """Gradients of the mean objective, and sums, over microbatches [A, B, T], weighted by their targets."""
+    """Gradients of the mean objective, and sums, over microbatches [A, B, T], weighted by their targets.
+
+    Devices wait for one another once: their parts of the gradients are added up after the last microbatch.
+    """
+    held = sharding.hold(params)
     scale = 1.0 / jnp.maximum(jnp.sum(batch["targets"] >= 0), 1).astype(jnp.float32)
     grad = jax.grad(objective, has_aux=True)
     microbatches = batch["inputs"].shape[0]
     if microbatches == 1:
         only = jax.tree.map(lambda x: jnp.squeeze(x, 0), batch)
-        return grad(params, only, model, jax.random.fold_in(key, 0), scale)
+        grads, sums = grad(held, only, model, jax.random.fold_in(key, 0), scale)
+        return sharding.add_up(grads, params), sums
 
     def one(total: Any, scanned: tuple) -> tuple[Any, None]:
         index, microbatch = scanned
-        found = grad(params, microbatch, model, jax.random.fold_in(key, index), scale)
+        found = grad(held, microbatch, model, jax.random.fold_in(key, index), scale)
         return jax.tree.map(jnp.add, total, found), None
 
-    shapes = jax.eval_shape(lambda b: grad(params, b, model, key, scale), jax.tree.map(lambda x: x[0], batch))
+    shapes = jax.eval_shape(lambda b: grad(held, b, model, key, scale), jax.tree.map(lambda x: x[0], batch))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding), shapes)
-    return jax.lax.scan(one, zeros, (jnp.arange(microbatches), batch))[0]
+    grads, sums = jax.lax.scan(one, zeros, (jnp.arange(microbatches), batch))[0]
+    return sharding.add_up(grads, params), sums
 
 
 def train_step(

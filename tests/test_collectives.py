@@ -82,7 +82,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
         collectives.collectives(text, (2, 1, 1))
 
 
-def of_a_step(data: int, seq: int, **model):
+def of_a_step(data: int, seq: int, microbatches: int = 1, **model):
     """(collectives of a step, its config, bytes of all parameters) on a mesh."""
     fields = {"batch_size": 8, "seq_len": 32, "mesh.data": data, "mesh.seq": seq}
     config = with_fields(small_config(**model), fields)
@@ -90,7 +90,7 @@ def of_a_step(data: int, seq: int, **model):
     mesh = memory.mesh_of(config, here)
     with jax.set_mesh(mesh):
         net, optimizer, state = memory.abstract_state(config, mesh)
-        batch = memory.abstract_batch(config, mesh, 8, 32, 1)
+        batch = memory.abstract_batch(config, mesh, 8, 32, microbatches)
         run = make_train_step(net, optimizer, make_schedule(config.optimizer, 0.1, 10))
         text = run.lower(state, batch).compile().as_text()
     size = sum(math.prod(x.shape) * 4 for x in jax.tree.leaves(state.params))
@@ -103,6 +103,8 @@ def test_each_gradient_is_reduced_once_and_nothing_else_of_its_size(data, seq, t
     found, config, parameters = of_a_step(data, seq, tie_embeddings=tied)
     reduced = sum(c.bytes * c.times for c in found if c.kind == "all-reduce")
     assert parameters <= reduced < 1.05 * parameters
+    in_a_layer = [c for c in found if c.kind == "all-reduce" and c.times > 1]
+    assert sum(c.bytes for c in in_a_layer) < 100  # numbers, if any: no device waits for another after every layer
     model = config.model
     moved = [c for c in found if scale.spent_on(c) == "keys and values"]
     rows = config.batch_size // data * config.seq_len * model.d_model * 4
@@ -110,6 +112,12 @@ def test_each_gradient_is_reduced_once_and_nothing_else_of_its_size(data, seq, t
     assert sum(c.bytes * c.times for c in moved) == (4 * model.num_layers * rows if seq > 1 else 0)
     assert all(c.axes == ("seq",) for c in moved)
     assert {c.kind for c in found} <= {"all-reduce", "all-gather", "reduce-scatter"}
+
+
+@pytest.mark.parametrize(("data", "seq"), [(2, 1), (2, 4)])
+def test_gradients_of_many_microbatches_are_reduced_once(data, seq):
+    found, _, parameters = of_a_step(data, seq, microbatches=4)
+    assert parameters <= sum(c.bytes * c.times for c in found if c.kind == "all-reduce") < 1.05 * parameters
 
 
 def test_one_device_sends_nothing():

@@ -54,11 +54,13 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(data, seq, fsdp, experts):
         assert relative(found, wanted) < 1e-5, path
 
 
-@pytest.mark.parametrize("microbatches", [4, 8])
-def test_accumulation_is_the_full_batch_on_ragged_targets(microbatches):
+@pytest.mark.parametrize(
+    ("data", "seq", "fsdp", "microbatches"), [(1, 1, False, 4), (1, 1, False, 8), (2, 4, False, 4), (2, 4, True, 4)]
+)
+def test_accumulation_is_the_full_batch_on_ragged_targets(data, seq, fsdp, microbatches):
     """Weighted by targets; without balance loss, which is nonlinear in the microbatch, and without noise."""
     wanted_grads, wanted_sums, _ = gradients(1, 1, False, 1, balance=0.0, noise=0.0)
-    grads, sums, _ = gradients(1, 1, False, microbatches, balance=0.0, noise=0.0)
+    grads, sums, _ = gradients(data, seq, fsdp, microbatches, balance=0.0, noise=0.0)
     assert sums["loss"] == pytest.approx(wanted_sums["loss"], rel=1e-5)
     assert sums["count"] == wanted_sums["count"]
     for found, wanted in zip(jax.tree.leaves(grads), jax.tree.leaves(wanted_grads), strict=True):
