@@ -36,7 +36,7 @@ def read_flags(argv: Sequence[str]) -> tuple[ConfigDict, str]:
 
 def as_folder(name: str) -> Path:
     """As every script reads a folder: a shell leaves the ~ of --workdir=~/runs to us."""
-    return Path(name).expanduser()
+    return Path(os.path.expanduser(name))
 
 
 def without_folder(argv: Sequence[str]) -> list[str]:

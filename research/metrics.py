@@ -66,18 +66,18 @@ def _cut(path: str, resume_step: int) -> None:
     if not os.path.exists(path):
         return
     kept = []
-    with open(path) as file:
+    with open(path, "rb") as file:
         for line in file:
-            if not line.endswith("\n"):
+            if not line.endswith(b"\n"):
                 break  # a row that was being written when the run was killed
             try:
-                row = json.loads(line)
-            except ValueError:
+                before = json.loads(line)["step"] <= resume_step
+            except (ValueError, KeyError, TypeError):
                 log.warning("%s is damaged: rows after %d are dropped", path, len(kept))
                 break
-            if row["step"] <= resume_step:
+            if before:
                 kept.append(line)
-    with open(f"{path}.new", "w") as file:
+    with open(f"{path}.new", "wb") as file:
         file.writelines(kept)
     os.replace(f"{path}.new", path)
 

@@ -162,10 +162,13 @@ def read(workdir: str) -> dict[str, Any] | None:
         return None
     with open(path) as file:
         try:
-            return json.load(file)
+            found = json.load(file)
         except ValueError:
-            log.warning("%s is damaged, and made again", path)
-            return None
+            found = None
+    if not isinstance(found, dict) or "status" not in found:
+        log.warning("%s is damaged, and made again", path)
+        return None
+    return found
 
 
 def read_rows(workdir: str) -> list[dict[str, Any]]:

@@ -59,8 +59,10 @@ def test_a_step_without_a_target_is_said_to_be_one():
 
 
 def test_a_damaged_result_is_made_again_and_a_run_without_its_rows_is_refused(tmp_path, monkeypatch, caplog):
-    (tmp_path / "result.json").write_text('{"status": "fini')
-    assert train.result.read(str(tmp_path)) is None and "damaged" in caplog.text
+    for damaged in ('{"status": "fini', "[]", "{}", "3"):
+        caplog.clear()
+        (tmp_path / "result.json").write_text(damaged)
+        assert train.result.read(str(tmp_path)) is None and "damaged" in caplog.text
     (tmp_path / "metrics.jsonl").write_text("")
     this = SimpleNamespace(config=base.get_config("cpu"), workdir=str(tmp_path), num_steps=80, tokens_per_step=8)
     with pytest.raises(ConfigError, match="metrics.jsonl has lost its steps"):

@@ -67,9 +67,10 @@ def test_a_row_cut_off_by_a_kill_is_dropped(tmp_path):
     assert steps_on_disk(tmp_path) == [1, 2, 3, 4]
 
 
-def test_rows_after_a_damaged_one_are_dropped(tmp_path, caplog):
+@pytest.mark.parametrize("damage", [b'{"st\0p": ', b'{"st\xffp": 2}', b"7", b"null", b'{"a": 1}', b'{"step": "2"}'])
+def test_rows_after_a_damaged_one_are_dropped(tmp_path, caplog, damage):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"st\0p": \n{"step": 3}\n')
+    path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 3}\n')
     with metrics.MetricsWriter(str(tmp_path), 3):
         pass
     assert path.read_text() == '{"step": 1}\n' and "damaged" in caplog.text

@@ -63,9 +63,13 @@ def test_what_killed_builds_left_is_removed_and_builds_at_work_are_not(tmp_path)
     for folder in (left, works):
         (folder / "new").mkdir(parents=True)
         (folder / "lock").touch()
+        os.utime(folder, (1e9, 1e9))
+    begins = cache.with_name(f".{cache.name}-begins")  # its process does not hold the lock yet
+    begins.mkdir()
+    (begins / "lock").touch()
     with tokens._lock(works):
         open_corpus(config)
-        assert sorted(cache.parent.iterdir()) == sorted([cache, works])
+        assert sorted(cache.parent.iterdir()) == sorted([cache, works, begins])
 
 
 def decoded(config, tokens_N, starts) -> list[str]:
@@ -247,6 +251,23 @@ def test_build_that_fails_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "_write_split", full)
     assert "config.data.cache_dir" in refuse(config) and "No space" in refuse(config)
     assert not list(Path(config.data.cache_dir).iterdir())
+
+
+def test_a_disk_that_is_full_for_a_moment_is_refused(tmp_path):
+    """Documents of less than a file's buffer: what is written late, on closing or seeking, fails too."""
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))"
+    script = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+import pathlib, signal, pytest
+from tests.test_tokens import corpus_config, refuse
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+config = corpus_config(pathlib.Path({str(tmp_path)!r}), documents=200, tokenizer="bytes")
+{limited}
+print(refuse(config))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "config.data.cache_dir" in done.stdout and "File too large" in done.stdout
 
 
 def test_cache_folder_defaults_to_xdg(tmp_path, monkeypatch):

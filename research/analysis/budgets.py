@@ -123,7 +123,7 @@ def section(analysis: dict[str, Any]) -> Section | None:
         tables.append(_crossing_table(found["crossings"]))
     text = (
         "The same runs, stopped where they have used the same amount of something. Who wins depends on what is scarce."
-        if found["crossings"] or len({next(iter(e["losses"]), None) for e in found["equal"]}) > 1
+        if found["crossings"] or len({next(iter(e["losses"])) for e in found["equal"] if e["losses"]}) > 1
         else "The same runs, stopped where they have used the same amount of something: the winner is the same."
     )
     return Section("Five budgets", text, tuple(tables))

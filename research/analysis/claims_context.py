@@ -165,6 +165,8 @@ def worth_it(analysis: Analysis) -> Judged:
     gaps = [evidence.gap(analysis, known[-1], other, context) for other in known[:-1]]
     text = f"{recall_text} On text, each with all its context, in nats a token: {reach_text or 'not compared'}. "
     text += f"The price at context {context}: {evidence.against(gaps)}. No application was tried."
+    if evidence.extreme(gaps, 1) is False:
+        return UNTESTED, f"{text} The longest rows do not have the highest loss: there is no price to weigh."
     if reached is False and (little := evidence.little_context(analysis)):
         reached, text = None, f"{text} {little}"
     if recalled is None and reached is not True:
@@ -190,7 +192,9 @@ def promise(analysis: Analysis) -> Judged:
     promised = evidence.either([recalled, gained])
     if promised:
         return HOLDS, text
-    return CONDITIONS, f"{text} It does not win; the promise {'is not seen' if promised is False else 'is undecided'}."
+    if promised is None:
+        return UNTESTED, f"{text} It does not win; the promise is undecided."
+    return FAILS, f"{text} It does not win, and the promise is not seen."
 
 
 def context_for_speed(analysis: Analysis) -> Judged:
@@ -214,7 +218,7 @@ def in_practice(analysis: Analysis) -> Judged:
     text = f"Rows of {listed(lengths)} tokens were trained from scratch, none extended later." if lengths else ""
     effective = {name: e["effective"] for name, e in _curves(analysis).items() if e["effective"]}
     if effective and not evidence.leak(analysis):
-        each = ", ".join(f"{name} {e['mean']:,.0f}" for name, e in effective.items())
+        each = ", ".join(f"{name} {'at least ' * bool(e['censored'])}{e['mean']:,.0f}" for name, e in effective.items())
         text += f" Effective contexts on text: {each} tokens."
     return (
         UNTESTED,

@@ -47,7 +47,7 @@ def memory_of_length(analysis: Analysis) -> Judged:
         return UNTESTED, ONE_LENGTH
     factor = _a_doubling(short, long, measure, long["seq_len"] / short["seq_len"])
     text = (
-        f"At equal tokens a step, rows {long['seq_len'] // short['seq_len']} times as long take "
+        f"At equal tokens a step, rows {long['seq_len'] / short['seq_len']:g} times as long take "
         f"{_ratio(short, long, measure):.3f} times the memory ({MEASURES[measure]}: {_sizes(found, measure)}): "
         f"{factor:.2f} times a doubling. With the same number of rows a doubling would take {factor:.2f} to "
         f"{2 * factor:.2f} times, where 4 is claimed."
@@ -71,6 +71,8 @@ def memory_of_short(analysis: Analysis) -> Judged:
     text = f"At equal tokens a step the {MEASURES[measure]} takes {_sizes(found, measure)}"
     if ratio > 1 + SAME:
         return HOLDS, f"{text}: the longest rows take {ratio:.2f} times that of the shortest."
+    if ratio < 1 - SAME:
+        return FAILS, f"{text}: the longest rows take {ratio:.2f} times that of the shortest."
     return (
         FAILS,
         f"{text}: {_apart(ratio)} between the longest rows and the shortest. It is the number of tokens that costs.",

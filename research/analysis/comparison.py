@@ -8,7 +8,7 @@ import numpy as np
 
 from research.analysis import budgets, context, decomposition, original, recall
 from research.analysis.context import difference, interval, rounded
-from research.analysis.statistics import bootstrap_statistic, hierarchical_bootstrap, holm, seeds_needed
+from research.analysis.statistics import MIN_DOCUMENTS, bootstrap_statistic, hierarchical_bootstrap, holm, seeds_needed
 from research.analysis.study import Arm, Run, arms
 
 LEVEL = 0.05  # of a report's comparisons together, by Holm's correction
@@ -25,7 +25,7 @@ def analyse(runs: Sequence[Run]) -> dict[str, Any]:
     text = {setting: arms(runs, setting) for setting in ("independent", "paired")}
     everyone = [arm for setting in text.values() for arm in setting]
     shared = [c for c in contexts_of(everyone) if all(arm.within(c) for arm in everyone)]
-    found = [entry for setting in text.values() for entry in differences(setting)]
+    found = [entry for setting in text.values() for entry in differences(setting, shared)]
     for entry, adjusted in zip(found, holm([_nan(entry["p"]) for entry in found]), strict=True):
         entry["p_holm"] = rounded(adjusted)
         entry["shown"] = bool(adjusted < LEVEL)
@@ -103,18 +103,17 @@ def floor(result: dict[str, Any]) -> float:
     return original.leak_floor(windows, first, result["seq_len"])
 
 
-def differences(found: Sequence[Arm]) -> list[dict[str, Any]]:
+def differences(found: Sequence[Arm], shared: Sequence[int]) -> list[dict[str, Any]]:
     """Loss of `a` minus that of `b`, over the seeds that both have.
 
     At the longest context that all share, and at the longest of the pair's own: few, so that Holm's correction costs
     little. The curves hold the others.
     """
     entries = []
-    everyone = [c for c in contexts_of(found) if all(arm.within(c) for arm in found)]
     for a, b in itertools.combinations(found, 2):
         pair = [c for c in contexts_of(found) if a.within(c) and b.within(c)]
         seeds = [seed for seed in a.seeds if seed in b.seeds]
-        entries += [_difference(a, b, c, seeds) for c in sorted({*everyone[-1:], *pair[-1:]}) if seeds]
+        entries += [_difference(a, b, c, seeds) for c in sorted({*shared[-1:], *pair[-1:]}) if seeds]
     return entries
 
 
@@ -141,7 +140,7 @@ def power(found: Sequence[Arm], shared: Sequence[int]) -> list[dict[str, Any]]:
     return [
         dict(setting=entry["setting"], context=entry["context"], a=entry["a"], b=entry["b"], sd=entry["sd"])
         | dict(seeds={str(delta): seeds_needed(entry["sd"], delta) for delta in RESOLUTIONS})
-        for entry in differences(found)
+        for entry in differences(found, shared)
         if entry["context"] == shared[-1] and entry["sd"] is not None
     ]
 
@@ -190,7 +189,10 @@ def warnings(runs: Sequence[Run], found: Sequence[Arm]) -> list[str]:
     if any(arm.first["protocol"] == "published" for arm in found):
         said.append("LEAKING: under the published protocol held-out windows overlap training windows.")
     single = sorted({arm.strategy for arm in found if len(arm.runs) == 1})
-    if single:
+    documents = min((len(np.unique(arm.runs[0].arrays["document"])) for arm in found), default=0)
+    if 0 < documents < MIN_DOCUMENTS:
+        said.append(f"The held-out targets are of {documents} documents, too few for an interval: nothing is shown.")
+    elif single:
         said.append(f"One seed of {', '.join(single)}: intervals hold the choice of documents alone.")
     for overlap in {str(arm.first.get("overlap")): arm.first.get("overlap") for arm in found}.values():
         share = (overlap or {}).get("50")

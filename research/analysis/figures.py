@@ -77,14 +77,18 @@ def budgets_figure(analysis: dict[str, Any], styles: Styles) -> Figure:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     entropy = next(iter(arms.values()))["unigram_entropy"]
     lowest = min(min(y) for curve in found["curves"]["tokens"] for y in curve["y"])
-    panels[0].set_ylim(lowest - 0.06 * (entropy - lowest), entropy + 0.25 * (entropy - lowest))
+    highest = max(entropy, max(min(y) for curve in found["curves"]["tokens"] for y in curve["y"]))
+    room = highest - min(lowest, entropy)
+    panels[0].set_ylim(min(lowest, entropy) - 0.06 * room, highest + 0.25 * room)
     for axes in panels:
         axes.axhline(entropy, color=FAINT, linestyle=":", linewidth=1.5)
     place = dict(xycoords=("axes fraction", "data"), textcoords="offset points", ha="right")
     panels[0].annotate(f"unigram entropy {entropy:.2f}", (1, entropy), (-2, 3), fontsize=9, color="#666666", **place)
     panels[0].set_ylabel(f"held-out loss at context {found['context']}\n(nats/token)")
     leaking = any(arm["own"]["leaking"] for arm in arms.values())
-    legend(figure, panels[0], "bands: lowest to highest seed;  dashed: two curves cross", leaking)
+    notes = ["bands: lowest to highest seed"] if any(len(c["y"]) > 1 for c in found["curves"]["tokens"]) else []
+    notes += ["vertical lines: two curves cross"] if found["crossings"] else []
+    legend(figure, panels[0], ";  ".join(notes), leaking)
     return figure
 
 

@@ -37,14 +37,18 @@ def same_targets(analysis: dict[str, Any]) -> list[str]:
         return ["No two strategies share a context: nothing is ranked."]
     context = str(analysis["shared_contexts"][-1])
     best, *others = sorted(arms, key=lambda arm: arm["contexts"][context]["mean"])
-    shown, doubtful = [], []
+    shown, doubtful, apart = [], [], []
     for other in others:
         found = difference_of(analysis["differences"], "independent", context, best["strategy"], other["strategy"])
-        if found is None or not found["shown"]:
+        if found is None:
+            apart.append(other["strategy"])
+        elif not found["shown"]:
             doubtful.append(other["strategy"])
-            continue
-        low, high = sorted(abs(found[end]) for end in ("low", "high"))
-        shown.append(f"{abs(found['mean']):.3f} below {other['strategy']} [{low:.3f}, {high:.3f}]")
+        else:
+            low, high = sorted(abs(found[end]) for end in ("low", "high"))
+            below = (found["mean"] < 0) == (found["a"] == best["strategy"])  # else: of the seeds that both have
+            where = "below" if below else "above, over the seeds that both have,"
+            shown.append(f"{abs(found['mean']):.3f} {where} {other['strategy']} [{low:.3f}, {high:.3f}]")
     text = (
         f"On the same held-out targets with {context} tokens before each, {best['strategy']} has the lowest loss, "
         f"{best['contexts'][context]['mean']:.3f} nats a token"
@@ -53,6 +57,8 @@ def same_targets(analysis: dict[str, Any]) -> list[str]:
         text += ": " + listed(shown)
     if doubtful:
         text += f"; no difference from {listed(doubtful)} is shown"
+    if apart:
+        text += f"; with {listed(apart)} it is not compared"
     return [text + "."]
 
 
@@ -63,7 +69,7 @@ def why(analysis: dict[str, Any]) -> list[str]:
         return []
     largest = max(entries, key=lambda e: abs(e["total"]["mean"]))
     parts = [f"{part} {largest[part]['mean']:+.3f} {_interval(largest[part])}" for part in ("context", "diversity")]
-    total = f"{largest['total']['mean']:+.3f}"
+    total = f"{largest['total']['mean']:+.3f} {_interval(largest['total'])}"
     pair = f"{largest['a']} and {largest['b']}"
     return [f"Of the difference of {total} between {pair}, {parts[0]} and {parts[1]} (nats a token)."]
 
@@ -79,7 +85,7 @@ def more_context(analysis: dict[str, Any]) -> list[str]:
         amount = f" {abs(gain['mean']):.3f}" if gain["shown"] else ""
         said.append(
             f"{entry['strategy']} {how}{amount} from {gain['from']} to {gain['to']} tokens (effective context "
-            f"{entry['effective']['mean']:,.0f})"
+            f"{'at least ' if entry['effective']['censored'] else ''}{entry['effective']['mean']:,.0f})"
         )
     if not said:
         return []
@@ -129,7 +135,8 @@ def ranking(analysis: dict[str, Any]) -> list[str]:
     if not known:
         return []
     where = [
-        ("own length" if r["measure"] == "own" else f"context {r['measure']}") + f" ({r['setting']} order)"
+        ("own length" if r["measure"] == "own" else f"context {r['measure']}")
+        + f" ({r['setting']} order{'' if r['shown'] else ', not all of its differences shown'})"
         for r in known
         if r["original"]
     ]
@@ -142,7 +149,7 @@ def unigram(analysis: dict[str, Any]) -> list[str]:
     """Whether each arm has learnt more than how often each token occurs."""
     shared = [str(c) for c in analysis["shared_contexts"]]
     above = [
-        arm["strategy"]
+        f"{arm['strategy']} ({arm['setting']} order)"
         for arm in analysis["arms"]
         if max([arm["own"]["mean"], *(arm["contexts"][c]["mean"] for c in shared)]) >= arm["unigram_entropy"]
     ]

@@ -75,7 +75,9 @@ def verdict(found: Sequence[dict[str, Any]]) -> tuple[str, str]:
     double = [entry["growing"]["batch"] for entry in found]
     longer = [entry["growing"]["length"] for entry in found]
     equal = [entry["growing"]["equal_tokens"] for entry in found]
-    fourfold = [abs(ratio / 4 - 1) <= CLOSE for ratio in longer]
+    fourfold = [
+        abs(rows / 2 - 1) <= CLOSE and abs(ratio / 4 - 1) <= CLOSE for rows, ratio in zip(double, longer, strict=True)
+    ]
     verdict = HOLDS if all(fourfold) else CONDITIONS if any(fourfold) else FAILS
     text = (
         f"Of the memory that grows with the batch, 2x batch takes {_range(double)} times, 2x length at fixed batch "

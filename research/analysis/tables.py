@@ -73,16 +73,23 @@ def differences(analysis: dict[str, Any]) -> Section:
         )
         for d in analysis["differences"]
     )
-    some = analysis["differences"][0]
+    seeds, documents = (_from_to([d[name] for d in analysis["differences"]]) for name in ("seeds", "documents"))
+    tested = sum(d["p_holm"] is not None for d in analysis["differences"])
+    drawn = "seeds and held-out documents" if max(d["seeds"] for d in analysis["differences"]) > 1 else "documents"
     note = (
-        "At the longest context that all share, and at the longest of the pair. Nats a token [95 %: seeds and held-out "
-        "documents resampled in pairs, each interval by itself]; p after Holm's correction over the "
-        f"{len(rows)} comparisons of this table. {some['seeds']} seeds, {some['documents']} documents."
+        "At the longest context that all share, and at the longest of the pair. Nats a token [95 %: "
+        f"{drawn} resampled in pairs, each interval by itself]; p after Holm's correction over {tested} comparisons "
+        f"of this table. Seeds of a pair: {seeds}; documents: {documents}."
     )
     tables = [Table(("order", "context", "difference", "nats a token [95 %]", "p (Holm)", "lower loss"), rows, note)]
     if analysis["power"]:
         tables.append(_power(analysis["power"]))
     return Section("Differences", "", tuple(tables))
+
+
+def _from_to(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def verdict(difference: dict[str, Any]) -> str:

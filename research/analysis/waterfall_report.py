@@ -125,7 +125,7 @@ def _overview(found: Mapping[str, Any]) -> Table:
                 stage["changed"],
                 *cells,
                 "yes" if stage["number"] in found["changes"] else "",
-                ("; ".join(doubt) or "all three shown") if stage["pairs"] else "no interval",
+                ("; ".join(doubt) or "none of those compared") if stage["pairs"] else "no interval",
             )
         )
     columns = (
@@ -251,8 +251,11 @@ def _missing(stage: Mapping[str, Any]) -> str:
 
 def _rates_text(found: Mapping[str, Any]) -> str:
     inside = [strategy for strategy, rates in found["rates"].items() if rates["inside"]]
-    edge = [strategy for strategy in found["rates"] if strategy not in inside]
+    none = [strategy for strategy, rates in found["rates"].items() if rates["best"] is None]
+    edge = [strategy for strategy in found["rates"] if strategy not in (*inside, *none)]
     text = f"Chosen on seed {found['tuning_seed']}, which the last stage leaves out, by the loss that ranks."
+    if none:
+        text += f" No rate of {', '.join(none)} gave a loss."
     if edge:
         text += f" The best of {', '.join(edge)} lies on the edge of its grid: a better one may lie beyond."
     return text + (f" The optimum of {', '.join(inside)} lies inside the grid." if inside else "")

@@ -122,9 +122,9 @@ def _write_tokens(folder: Path, tokenizer: Tokenizer, sizes_V: np.ndarray, confi
                 ids = ids[: limit - lengths["train"]]
             if len(ids):
                 starts[split].append(lengths[split])
-                ids.tofile(raw[split])
+                raw[split].write(ids.tobytes())  # tofile hides that the disk is full
                 lengths[split] += len(ids)
-            if published and lengths["train"] == limit:
+            if published and limit and lengths["train"] == limit:
                 break
     finally:
         for file in raw.values():

@@ -79,7 +79,7 @@ def source_files(data_config: Any) -> list[tuple[str, Path]]:
         if not found:
             raise ConfigError("config.data.source", source, f"no .py files in {root}; name another source")
         return found
-    root = Path(data_config.path).expanduser()
+    root = Path(os.path.expanduser(data_config.path))
     if not data_config.path or not root.exists():
         raise _bad_path(
             data_config,
@@ -196,6 +196,7 @@ def _walk(root: Path, data_config: Any) -> list[tuple[str, Path]]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         names = [name for name in names if not name.startswith(".")]
         found += [Path(folder, n) for n in names if n.lower().endswith(EXTENSIONS[data_config.source])]
+    found = [path for path in found if path.is_file() or not path.exists()]  # a pipe would be waited for
     return sorted((path.relative_to(root).as_posix(), path) for path in found)
 
 

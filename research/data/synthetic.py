@@ -94,6 +94,8 @@ def check(config: Any) -> None:
     if size > config.model.vocab_size:
         message = f"the recall task has {size} tokens (end of text, fillers, keys, values); give as many or more"
         raise ConfigError("config.model.vocab_size", config.model.vocab_size, message)
+    if size > 1 << 16:
+        refuse("num_fillers", f"with keys and values the task has {size} tokens, and 65536 is the most")
 
 
 def make_documents(task: Any, count: int, purpose: str, training: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -6,6 +6,7 @@ across tokenizers.
 """
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def load_tokenizer(config: Any, train_texts: Iterable[str]) -> Tokenizer:
         tokenizer = _train(train_texts, vocab_size)
     elif name == "bytes":
         tokenizer = _plain_bytes()
-    elif Path(name).expanduser().exists() or name.endswith(".json"):
+    elif Path(os.path.expanduser(name)).exists() or name.endswith(".json"):
         tokenizer = _from_file(name)
     else:
         tokenizer = _from_hub(name)
@@ -125,7 +126,7 @@ def _plain_bytes() -> Tokenizer:
 
 
 def _from_file(name: str) -> Tokenizer:
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     path = path / "tokenizer.json" if path.is_dir() else path
     try:
         return Tokenizer.from_str(path.read_bytes().decode())

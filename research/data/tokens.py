@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from research.data.corpora import source_files
 PROTOCOLS = ("clean", "published")
 ATTEMPTS = 4  # each process that replaces a damaged cache meanwhile may cost one
 DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what reading it ends in
+YOUNG = 60  # seconds: a folder whose process may not hold its lock yet
 log = logging.getLogger(__name__)
 
 
@@ -105,7 +107,7 @@ def cache_root(config: Any) -> Path:
     Raises: ConfigError where it cannot be made.
     """
     home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    root = Path(config.data.cache_dir or home / "batch-or-length").expanduser()
+    root = Path(os.path.expanduser(config.data.cache_dir or home / "batch-or-length"))
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -126,7 +128,7 @@ def _cache_key(config: Any) -> str:
         described["files"] = [(name, sha256(path)) for name, path in source_files(data)]
     except OSError as error:
         raise ConfigError("config.data.path", data.path, f"cannot be read: {error}") from error
-    tokenizer = Path(data.tokenizer).expanduser()
+    tokenizer = Path(os.path.expanduser(data.tokenizer))
     if tokenizer.is_dir():
         tokenizer = tokenizer / "tokenizer.json"
     if tokenizer.is_file():
@@ -180,8 +182,11 @@ def _build_into(folder: Path, config: Any) -> None:
 def _sweep(folder: Path) -> None:
     """Removes what processes that were killed have left of this corpus."""
     for left in folder.parent.glob(f".{folder.name}-*"):
-        with contextlib.suppress(OSError), _lock(left, made=False):  # whoever holds it is at work
-            shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime < YOUNG:
+                continue
+            with _lock(left, made=False):  # whoever holds it is at work
+                shutil.rmtree(left, ignore_errors=True)
 
 
 @contextlib.contextmanager
