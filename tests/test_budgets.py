@@ -37,6 +37,13 @@ def test_each_budget_has_its_own_winner():
     assert found["flops"]["losses"]["good"]["mean"] == 3.5 and found["seconds"]["losses"]["fast"]["mean"] == 2.5
 
 
+def test_a_budget_that_was_not_held_equal_is_no_winner():
+    a, b = arm_of("a", [[5, 3, 2]]), arm_of("b", [[6, 4, 3]], memory=200)
+    found = budgets.analyse([a, b], [96])
+    assert equal(found)["memory"]["losses"] == {} and not found["crossings"]
+    assert "the winner is the same" in budgets.section(dict(budgets=found)).text
+
+
 def test_losses_are_interpolated_and_ranges_are_over_seeds():
     a = arm_of("a", [[5, 3], [6, 4]], tokens=1000)
     b = arm_of("b", [[5, 4, 3.5]], tokens=500)

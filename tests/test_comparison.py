@@ -42,6 +42,35 @@ def test_differences_are_those_of_the_offsets():
         assert entry["shown"] == (entry["p_holm"] < comparison.LEVEL) and entry["p_holm"] >= entry["p"]
 
 
+def test_p_values_are_those_of_holm_over_all_comparisons():
+    found = analysed("independent", "paired")["differences"]
+    smallest = min(d["p"] for d in found)
+    assert min(d["p_holm"] for d in found) == pytest.approx(min(1, smallest * len(found)), rel=1e-3)
+
+
+def test_a_pair_is_compared_where_all_of_both_orders_are(tmp_path):
+    """Else, where short rows ran in paired order alone, no pair would be compared at the context that all share."""
+    keys = write_study(tmp_path, seeds=(1, 2, 3), settings=("independent", "paired"))
+    lost = {key.name: 3 for key in keys if key.strategy == "large_batch" and key.setting == "independent"}
+    found = comparison.analyse(study.collect(tmp_path, keys, lost))
+    assert found["shared_contexts"] == [24, 48, 96]
+    at = {d["context"] for d in found["differences"] if d["setting"] == "independent"}
+    assert at == {96, 384} and "balanced has the lowest loss" in findings.paragraph(found)
+    assert "no difference" not in findings.same_targets(found)[0]
+
+
+def test_the_paragraph_says_below_only_of_the_seeds_that_both_have():
+    found = copy.deepcopy(analysed())
+    arms = {arm["strategy"]: arm for arm in found["arms"]}
+    arms["balanced"]["contexts"]["96"]["mean"] = 1.0  # by a seed that the others do not have
+    said = findings.same_targets(found)[0]
+    assert "balanced has the lowest loss" in said
+    assert "above, over the seeds that both have, large_batch" in said and "below long_seq" in said
+    found["differences"] = [d for d in found["differences"] if "large_batch" not in (d["a"], d["b"])]
+    said = findings.same_targets(found)[0]
+    assert "with large_batch it is not compared" in said and "no difference" not in said
+
+
 def test_pairs_are_compared_at_the_longest_context_of_all_and_of_their_own():
     found = {(d["a"], d["b"]): set() for d in analysed()["differences"]}
     for d in analysed()["differences"]:

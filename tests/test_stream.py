@@ -54,6 +54,36 @@ def with_eval(contexts: tuple[int, ...], num_targets: int, seed: int = 42):
     return config
 
 
+def test_the_run_seed_orders_and_the_split_seed_splits():
+    """Seeds of a study share their held-out text and targets, and differ in the order of the rest."""
+
+    def drawn(protocol: str, seed: int, split_seed: int):
+        corpus = make_corpus(train=2000, heldout_lengths=(200,) * 10, protocol=protocol)
+        config = with_eval((4, 8), 60)
+        config.seed, config.data.split_seed, config.batch_size, config.seq_len = seed, split_seed, 3, 10
+        epoch = stream.epoch_tokens(corpus, config)
+        rows = {int(r[0]) for c in range(0, epoch // 30 * 30, 30) for r in stream.batch(corpus, config, c)["inputs"]}
+        targets = stream.heldout_targets(corpus, config) if protocol == "clean" else None
+        return dict(
+            first=[stream.batch(corpus, config, c)["inputs"].tolist() for c in (0, 30)],
+            second=[stream.batch(corpus, config, epoch // 30 * 30 + c)["inputs"].tolist() for c in (30, 60)],
+            windows=stream.validation_windows(corpus, config, 20).tolist(),
+            targets=targets and [targets.documents.tolist(), targets.positions.tolist()],
+            train=rows if protocol == "published" else None,
+        )
+
+    for protocol in ("clean", "published"):
+        here, run, split = (drawn(protocol, *seeds) for seeds in ((1, 1), (2, 1), (1, 2)))
+        assert run["first"] != here["first"] and run["second"] != here["second"]
+        assert run["windows"] == here["windows"] and run["targets"] == here["targets"]
+        assert split["windows"] != here["windows"]
+        if protocol == "clean":
+            assert split["first"] == here["first"] and split["targets"] != here["targets"]
+        else:
+            assert not here["train"] & {w[0] if isinstance(w, list) else w for w in here["windows"]}
+            assert not run["train"] & {w[0] if isinstance(w, list) else w for w in run["windows"]}
+
+
 def pairs(batch: dict[str, np.ndarray]) -> list[tuple[int, int]]:
     return list(zip(batch["inputs"].ravel().tolist(), batch["targets"].ravel().tolist(), strict=True))
 

@@ -95,6 +95,19 @@ def test_splits_hold_each_document_once_whole_and_in_one_split(tmp_path):
     assert counts["bytes"] == sum(len(text.encode()) for text in heldout)
 
 
+def test_the_tokenizer_never_sees_held_out_text(tmp_path):
+    config = corpus_config(tmp_path)
+    corpus = open_corpus(config)
+    heldout = decoded(config, corpus.heldout, corpus.heldout_starts)
+    learnt = (cache_folder(config) / "tokenizer.json").read_text()
+    shutil.rmtree(config.data.cache_dir)
+    for path in Path(config.data.path).iterdir():
+        if path.read_bytes().decode() in heldout:
+            path.write_text("qqq " * 200 + path.name)
+    open_corpus(config)
+    assert (cache_folder(config) / "tokenizer.json").read_text() == learnt
+
+
 def test_split_depends_on_seed_and_id_not_on_the_other_documents(tmp_path):
     def heldout(documents: int, seed: int = 42) -> set[str]:
         folder = tmp_path / f"{documents}-{seed}"

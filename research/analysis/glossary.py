@@ -3,7 +3,7 @@
 from research.analysis.context import TOLERANCE
 
 TERMS: tuple[tuple[str, str], ...] = (
-    ("Strategy", "How a step's tokens are cut: B rows of T tokens. All strategies of a study take the same B x T."),
+    ("Strategy", "How a step's tokens are cut: B rows of T tokens. B x T is held equal, or named under Not equal."),
     (
         "Loss at context c",
         "Mean of -log p, in nats a token (perplexity is e to it), over held-out target tokens. The targets are the "
