@@ -125,7 +125,9 @@ def _overview(found: Mapping[str, Any]) -> Table:
                 stage["changed"],
                 *cells,
                 "yes" if stage["number"] in found["changes"] else "",
-                ("; ".join(doubt) or "none of those compared") if stage["pairs"] else "no interval",
+                ("; ".join(doubt) or f"all {len(stage['pairs'])} compared are shown")
+                if stage["pairs"]
+                else "no interval",
             )
         )
     columns = (
