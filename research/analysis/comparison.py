@@ -191,9 +191,8 @@ def warnings(runs: Sequence[Run], found: Sequence[Arm]) -> list[str]:
     single = sorted({arm.strategy for arm in found if len(arm.runs) == 1})
     documents = min((len(np.unique(arm.runs[0].arrays["document"])) for arm in found), default=0)
     if 0 < documents < MIN_DOCUMENTS:
-        said.append(
-            f"The held-out targets are of {documents} document{'s' * (documents > 1)}, too few for an interval: nothing is shown."
-        )
+        few = f"{documents} document" + "s" * (documents > 1)
+        said.append(f"The held-out targets are of {few}, too few for an interval: nothing is shown.")
     elif single:
         said.append(f"One seed of {', '.join(single)}: intervals hold the choice of documents alone.")
     for overlap in {str(arm.first.get("overlap")): arm.first.get("overlap") for arm in found}.values():
