@@ -90,6 +90,8 @@ def _run(config, workdir, corpus, suites, clocks) -> dict[str, Any]:
         _keep_compiled(config)
         files.write_json(os.path.join(workdir, "environment.json"), metrics.environment())
         files.write_json(os.path.join(workdir, "data_manifest.json"), corpus.manifest)
+        if corpus.tokenizer is not None:
+            files.write_text(os.path.join(workdir, "tokenizer.json"), corpus.tokenizer)
         this = Run(
             config=config,
             workdir=workdir,

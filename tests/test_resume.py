@@ -18,6 +18,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 from experiments import train
+from research import load
+from research.config import ConfigError
+from research.data import stream, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided", "ignore:the load_module")
 ROOT = Path(__file__).parent.parent
@@ -256,3 +259,22 @@ def test_what_is_compiled_is_kept_beside_the_corpora_and_used_again(home, tmp_pa
     assert files
     run(home, tmp_path / "two", "train.steps=1", "seed=7", compiled=False)
     assert kept() == files
+
+
+def test_a_run_is_loaded_and_predicts_what_it_was_scored_by(whole, tmp_path):
+    """On one device, from the folder and the corpus alone: the same loss of every position of its own windows."""
+    found = load.load(whole)
+    assert found.step == STEPS
+    corpus = tokens.open_corpus(found.config)
+    windows = stream.own_length_windows(corpus, found.config)
+    logprobs = np.asarray(jax.nn.log_softmax(found.logits(windows["inputs"])), np.float64)
+    loss = -np.take_along_axis(logprobs, windows["targets"][..., None], axis=-1)[..., 0]
+    with np.load(whole / "heldout_losses.npz") as arrays:
+        np.testing.assert_allclose(loss, arrays["own_loss"], atol=2e-5)
+    text = "def main(argv):\n"
+    assert found.tokenizer.decode(found.tokenizer.encode(text).ids) == text
+    shutil.copytree(whole, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    for folder, said in ((tmp_path / "run", "no checkpoint yet"), (tmp_path / "none", "holds no run")):
+        with pytest.raises(ConfigError, match=said):
+            load.load(folder)
+        assert not (folder / "checkpoints").exists()

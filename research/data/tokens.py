@@ -38,9 +38,9 @@ class Corpus:
     """Tokens of both splits [N] (uint16 or uint32, on disk), and where documents start (int64).
 
     `token_bytes` int32 [V]: UTF-8 bytes of each token. `train_scored`, `heldout_scored` bool [N]: which tokens are
-    targets, where not all are (the recall task). `fingerprint`: a hash of the contents alone,
-    the same on every machine. Under the published protocol both splits are the same array, one
-    document long.
+    targets, where not all are (the recall task). `fingerprint`: a hash of the contents alone, the same on every
+    machine. `tokenizer`: its JSON; the recall task has none. Under the published protocol both splits are the same
+    array, one document long.
     """
 
     train: np.ndarray
@@ -54,6 +54,7 @@ class Corpus:
     protocol: str
     train_scored: np.ndarray | None = None
     heldout_scored: np.ndarray | None = None
+    tokenizer: str | None = None
 
 
 def open_corpus(config: Any) -> Corpus:
@@ -161,6 +162,7 @@ def _load(folder: Path) -> Corpus:
         manifest=manifest,
         fingerprint=manifest["fingerprint"],
         protocol=manifest["protocol"],
+        tokenizer=(folder / "tokenizer.json").read_text(encoding="utf-8"),
     )
 
 
