@@ -50,7 +50,7 @@ def _logits(model: MoETransformer, params: Any, tokens_BT: jax.Array) -> jax.Arr
 def load(workdir: str | os.PathLike) -> Loaded:
     """The newest whole checkpoint of a run's folder, on the first device, whatever mesh it was trained on.
 
-    Raises: ConfigError where the folder holds no run, or none of its checkpoints is whole.
+    Raises: ConfigError where the folder holds no run or no checkpoint; checkpoint.DamagedError where none can be read.
     """
     folder = Path(workdir)
     try:

@@ -141,7 +141,7 @@ def _devices(wanted: str, package: str, platform: str, **options: str) -> tuple[
     try:
         return tuple(topologies.get_topology_desc(platform=platform, **options).devices)
     except (NotImplementedError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0][:160]
+        reason = (str(error) or type(error).__name__).splitlines()[0][:160]
         message = (
             f'cannot be compiled for here ({reason}); pip install "{package}, and write sizes as 8 (GPU) or 2x4 (TPU)'
         )
