@@ -1,5 +1,6 @@
 """A run is a pure function of its config, whatever stops it: real processes, real signals."""
 
+import errno
 import json
 import os
 import random
@@ -152,16 +153,29 @@ def test_training_learns(whole):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_the_corpus_is_built_leaves_nothing(home, tmp_path, number):
-    os.mkfifo(tmp_path / "lines.jsonl")  # a corpus that does not end
-    source = ["data.source=jsonl", f"data.path={tmp_path}", f"data.cache_dir={tmp_path / 'cache'}"]
-    child = start(home, tmp_path / "run", *source)
-    (tmp_path / "lines.jsonl").write_text('{"text": "of which all is hashed first"}\n')
-    with open(tmp_path / "lines.jsonl", "w"):
-        time.sleep(0.5)
+    cache, slow = tmp_path / "cache", tmp_path / "tokenizer.json"
+    os.mkfifo(slow)  # a tokenizer that does not end holds the build up
+    child = start(home, tmp_path / "run", f"data.tokenizer={slow}", f"data.cache_dir={cache}")
+    file = opened_for_writing(slow, child)
+    try:
+        assert [*cache.glob(".*/new")]  # the corpus that is being built
         child.send_signal(number)
         code, said = finish(child)
+    finally:
+        os.close(file)
     assert code == 128 + number and said == "stopped before the first step; the same command begins again\n"
-    assert not (tmp_path / "run").exists() and not [*(tmp_path / "cache").iterdir()]
+    assert not (tmp_path / "run").exists() and not [*cache.iterdir()]
+
+
+def opened_for_writing(pipe: Path, child: subprocess.Popen) -> int:
+    """The descriptor, as soon as the child reads from the pipe; fails where the child ends instead."""
+    while True:
+        try:
+            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError as error:
+            assert error.errno == errno.ENXIO  # no reader yet
+            assert child.poll() is None, child.communicate()
+            time.sleep(0.05)
 
 
 def stopped_at(said: str) -> int:
