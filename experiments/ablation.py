@@ -150,8 +150,6 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
                 raise ConfigError("--memory", arguments.memory, f"--config.{name} is given too; give one of them")
     if arguments.seeds and "--config.seed" in given:
         raise ConfigError("--seeds", ",".join(arguments.seeds), "--config.seed is given too; give one of them")
-    if "paired" in arguments.settings and "--config.data.shuffle_block" in given:
-        raise ConfigError("--settings", "paired", "sets config.data.shuffle_block itself; do not give it")
     if not (arguments.strategies and arguments.settings):
         raise ConfigError("--strategies", "", "name at least one, and at least one of --settings")
 
@@ -167,6 +165,10 @@ def plan(arguments: argparse.Namespace) -> list[Planned]:
     """
     configs = {name: load_strategy(name, arguments.scale, arguments.overrides) for name in arguments.strategies}
     longest = max(config.seq_len for config in configs.values())
+    for config in configs.values():
+        if config.data.shuffle_block:
+            message = "--settings chooses the order: independent has no blocks, paired sets its own; leave it out"
+            raise ConfigError("config.data.shuffle_block", config.data.shuffle_block, message)
     if "paired" in arguments.settings and any(c.data.protocol == "published" for c in configs.values()):
         message = "the published protocol knows one order alone; add --config.data.protocol=clean, or leave it out"
         raise ConfigError("--settings", "paired", message)

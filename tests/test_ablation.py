@@ -125,7 +125,8 @@ def test_a_missing_seed_is_in_the_report_and_in_the_exit_code(tmp_path):
         (["--seeds=1,x"], "--seeds='x'"),
         (["--seeds=1,2", "--config.seed=3"], "--seeds='1,2'"),
         (["--settings=paired,odd"], "--settings='odd'"),
-        (["--settings=paired", "--config.data.shuffle_block=2048"], "--settings='paired'"),
+        (["--settings=paired", "--config.data.shuffle_block=2048"], "config.data.shuffle_block=2048"),
+        (["--config.data.shuffle_block=2048"], "config.data.shuffle_block=2048"),  # would not be independent
         (["--settings=paired", "--config.data.protocol=published"], "--settings='paired'"),
         (["--config.=1"], "config."),
         (["--config.eval.contexts[9]=4"], "config.eval.contexts[9]"),

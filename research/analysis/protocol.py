@@ -4,10 +4,26 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from research.analysis.page import Table
+from research.config import differences
 
 Run = Mapping[str, Any]
 RECALL = "recall"
 _MANY = 12  # runs; a longer list is not read
+# Fields of a config that make a strategy, or that another line of the comparison speaks of.
+_SAID = frozenset(
+    {
+        "strategy",
+        "scale",
+        "seed",
+        "batch_size",
+        "seq_len",
+        "fingerprint",
+        "train.steps",
+        "train.tokens",
+        "data.protocol",
+    }
+    | {f"optimizer.{name}" for name in ("name", "learning_rate", "adamw_learning_rate", "schedule")}
+)
 
 
 def finished(results: Mapping[str, Any]) -> list[Run]:
@@ -78,7 +94,7 @@ def _runs(results: Mapping[str, Any]) -> str:
         settings.setdefault(run["setting"], []).append(f"{run['strategy']} (seed {run['seed']})")
     says = {
         "independent": "independent order, each row from its own place of the corpus",
-        "paired": "paired order, the same tokens each step for every strategy",
+        "paired": "paired order, " + _paired(results),
         RECALL: "the synthetic recall task",
     }
     parts = []
@@ -91,6 +107,13 @@ def _runs(results: Mapping[str, Any]) -> str:
         more = f" and {len(missing) - _MANY} more" if len(missing) > _MANY else ""
         said += f" **Not finished:** {', '.join(missing[:_MANY])}{more}."
     return said
+
+
+def _paired(results: Mapping[str, Any]) -> str:
+    sizes = {run["result"]["tokens_per_step"] for run in finished(results) if run["setting"] == "paired"}
+    if len(sizes) > 1:
+        return "the same tokens one after another for every strategy, in steps of unlike size"
+    return "the same tokens each step for every strategy"
 
 
 def _compared(found: Sequence[Run]) -> tuple[list[str], list[str]]:
@@ -119,7 +142,32 @@ def _compared(found: Sequence[Run]) -> tuple[list[str], list[str]]:
         else:
             each = (f"{strategy} {' and '.join(shown)}" for strategy, shown in by_strategy.items())
             unequal.append(f"{name} ({', '.join(each)})")
+    fields = _unlike_fields(found)
+    unequal += fields
+    if not fields:
+        equal.append("every other field of the config that changes what is computed")
     return equal, unequal
+
+
+def _unlike_fields(found: Sequence[Run]) -> list[str]:
+    """Fields of the configs in which strategies of one setting differ, but for those of `_SAID`."""
+    first: dict[str, dict[str, Any]] = {}
+    for run in found:
+        first.setdefault(run["setting"], {}).setdefault(run["strategy"], run["config"])
+    shown: dict[str, None] = {}
+    for configs in first.values():
+        base, *others = configs.values()
+        names = {name for other in others for name, _ in differences(base, other)} - _SAID
+        for name in sorted(names):
+            each = (f"{strategy} {_value(config, name)}" for strategy, config in configs.items())
+            shown[f"config.{name} ({', '.join(each)})"] = None
+    return list(shown)
+
+
+def _value(config: Any, name: str) -> Any:
+    for part in name.split("."):
+        config = config.get(part) if isinstance(config, Mapping) else None
+    return config
 
 
 def _parameters(run: Run) -> str:

@@ -135,21 +135,26 @@ def collect(workdir: Path, keys: Sequence[Key], exit_codes: Mapping[str, int]) -
 
 
 def _refuse_mixed(runs: Sequence[Run], workdir: Path) -> None:
-    """One comparison is of one corpus, of one set of targets, and of seeds that differ in nothing else."""
-    text = [run for run in runs if run.finished and run.key.setting != "recall"]
-    for run in text[1:]:
-        problem = None
-        if run.result["fingerprint"] != text[0].result["fingerprint"]:
-            corpora = [r.result["corpus"] + " " + r.result["fingerprint"][:12] for r in (text[0], run)]
-            problem = f"of another corpus ({corpora[1]}) than {text[0].key.name} ({corpora[0]})"
-        elif run.result["protocol"] != text[0].result["protocol"]:
-            problem = f"of another protocol than {text[0].key.name}"
-        elif not same_targets(run, text[0]):
-            problem = f"scored on other held-out targets than {text[0].key.name}"
-        if problem:
-            raise ConfigError("workdir", str(workdir), f"{run.key.name} is {problem}; compare them apart")
+    """One comparison: one corpus and one recall task, one set of targets, seeds that differ in nothing else."""
+    finished = [run for run in runs if run.finished]
+    for recall in (False, True):
+        alike = [run for run in finished if (run.key.setting == "recall") == recall]
+        for run in alike[1:]:
+            if problem := _unlike(run, alike[0]):
+                raise ConfigError("workdir", str(workdir), f"{run.key.name} is {problem}; compare them apart")
     for setting in SETTINGS:
-        _refuse_unlike([run for run in runs if run.finished and run.key.setting == setting], workdir)
+        _refuse_unlike([run for run in finished if run.key.setting == setting], workdir)
+
+
+def _unlike(run: Run, first: Run) -> str | None:
+    if run.result["fingerprint"] != first.result["fingerprint"]:
+        corpora = [r.result["corpus"] + " " + r.result["fingerprint"][:12] for r in (first, run)]
+        return f"of another corpus ({corpora[1]}) than {first.key.name} ({corpora[0]})"
+    if run.result["protocol"] != first.result["protocol"]:
+        return f"of another protocol than {first.key.name}"
+    if not same_targets(run, first):
+        return f"scored on other held-out targets than {first.key.name}"
+    return None
 
 
 def _refuse_unlike(runs: Sequence[Run], workdir: Path) -> None:
