@@ -33,7 +33,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.flags import as_folder, load_config, make_folder
-from research import sizes
+from research import signals, sizes
 from research.analysis import findings, report, study
 from research.analysis.study import SETTINGS, Key
 from research.analysis.tables import duration
@@ -214,12 +214,10 @@ def _file(strategy: str, scale: str) -> str:
 
 def checked(check: Callable[[], int]) -> int:
     """The exit code of a check of configs, which may build corpora; where a signal stops it, 128 and its number."""
-    from research import train  # in this child alone JAX starts
-
     try:
-        with train.stopped_at_once():
+        with signals.at_once():
             return check()
-    except train.Interrupted as stopped:
+    except signals.Interrupted as stopped:
         return 128 + stopped.signal
 
 

@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     except train.checkpoint.DamagedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 4
-    except train.Interrupted as stopped:
+    except train.signals.Interrupted as stopped:
         print(stopped, file=sys.stderr)
         return 128 + stopped.signal
     suites = dict(result["eval"])

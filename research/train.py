@@ -7,15 +7,13 @@ import contextlib
 import dataclasses
 import math
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
-from research import checkpoint, cores, evaluate, files, flops, heaps, metrics, planner, result, sharding, step
+from research import checkpoint, cores, evaluate, files, flops, heaps, metrics, planner, result, sharding, signals, step
 from research.config import num_steps, validate
 from research.data import stream, tokens
 from research.model import ModelConfig, MoETransformer
@@ -24,14 +22,6 @@ from research.optimizer import make_optimizer, make_schedule
 
 class DivergedError(RuntimeError):
     """The loss or a gradient is not finite."""
-
-
-class Interrupted(BaseException):
-    """A signal (its number in `signal`) asked the run to stop; its state is saved. No `except Exception` takes it."""
-
-    def __init__(self, number: int, message: str):
-        super().__init__(message)
-        self.signal = number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +59,12 @@ def prepare(config: Any) -> tuple[tokens.Corpus, dict[str, evaluate.Suite]]:
 def run(config: Any, workdir: str) -> dict[str, Any]:
     """Train `config` in `workdir`, going on from its newest checkpoint; returns what result.json holds.
 
-    A finished run is not run again. Raises: ConfigError (a mistake in the config, nothing written), Interrupted (after
-    saving, on SIGINT or SIGTERM), DivergedError (loss or gradient not finite).
+    A finished run is not run again. Raises: ConfigError (a mistake in the config, nothing written), signals.Interrupted
+    (after saving, on SIGINT or SIGTERM), DivergedError (loss or gradient not finite).
     """
     clocks = metrics.Clocks()
     with clocks.measure("total"):
-        with stopped_at_once():
+        with signals.at_once():
             config = planner.planned(config, workdir)
             with clocks.measure("data"):
                 corpus, suites = prepare(config)
@@ -82,7 +72,7 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
 
 
 def _run(config, workdir, corpus, suites, clocks) -> dict[str, Any]:
-    with checkpoint.claim_workdir(workdir, config.to_dict(), corpus.fingerprint), _signals() as signals:
+    with checkpoint.claim_workdir(workdir, config.to_dict(), corpus.fingerprint), signals.between_steps() as came:
         finished = result.read(workdir)
         if finished is not None:
             print(f"{workdir}: finished before, at step {finished['steps']}", file=sys.stderr)
@@ -102,7 +92,7 @@ def _run(config, workdir, corpus, suites, clocks) -> dict[str, Any]:
             flops_per_token=flops.train_flops_per_token(config.model, config.seq_len),
             suites=suites,
             clocks=clocks,
-            signals=signals,
+            signals=came,
         )
         with jax.set_mesh(this.mesh):
             return _train(this)
@@ -197,7 +187,9 @@ def _loop(this, state, cursor, compiled_step, manager, writer, progress):
     if scores is None:  # the newest checkpoint was of the last step, or a signal cut the evaluation short
         scores = _evaluate(this, state.params, compiled_eval, now, cursor, writer)
     if scores is None:
-        raise Interrupted(this.signals[0], "stopped in the last evaluation; the same command goes on from there")
+        raise signals.Interrupted(
+            this.signals[0], "stopped in the last evaluation; the same command goes on from there"
+        )
     return scores
 
 
@@ -212,9 +204,9 @@ def _one_step(this, state, cursor, compiled_step, manager):
     return state, fetched
 
 
-def _stopped(this: Run, now: int) -> Interrupted:
+def _stopped(this: Run, now: int) -> signals.Interrupted:
     message = f"stopped at step {now} of {this.num_steps}, saved; the same command goes on from there"
-    return Interrupted(this.signals[0], message)
+    return signals.Interrupted(this.signals[0], message)
 
 
 def _evaluated(this: Run, now: int) -> bool:
@@ -313,38 +305,3 @@ def _save(this, manager, now, cursor, state, scores) -> None:
             clocks=this.clocks.to_dict(),
         )
         checkpoint.save(manager, now, state, meta, metric)
-
-
-@contextlib.contextmanager
-def stopped_at_once() -> Iterator[None]:
-    """Makes SIGINT and SIGTERM an Interrupted where they find the program, for there is nothing to save yet."""
-
-    def handle(number: int, _: Any) -> None:
-        raise Interrupted(number, "stopped before the first step; the same command begins again")
-
-    with _handled(handle):
-        yield
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of dying of them; the loop looks between steps."""
-    came: list[int] = []
-
-    def handle(number: int, _: Any) -> None:
-        came.append(number)
-        # not print: a signal may come inside one, which is not reentrant
-        os.write(2, f"signal {number}: stopping after this step\n".encode())
-
-    with _handled(handle):
-        yield came
-
-
-@contextlib.contextmanager
-def _handled(handle: Callable[[int, Any], None]) -> Iterator[None]:
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

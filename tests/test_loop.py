@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from research import train
+from research import signals, train
 from research.config import ConfigError
 
 
@@ -22,7 +22,7 @@ def test_a_signal_in_the_evaluation_that_a_resume_owes_leaves_it_owed(monkeypatc
     this.signals.append(15)
     monkeypatch.setattr(train, "_evaluated", lambda this, now: False)
     monkeypatch.setattr(train, "_evaluate", lambda *_: None)
-    with pytest.raises(train.Interrupted, match="stopped at step 10 of 80") as stopped:
+    with pytest.raises(signals.Interrupted, match="stopped at step 10 of 80") as stopped:
         train._loop(this, SimpleNamespace(step=10, params=None), 0, None, None, None, None)
     assert stopped.value.signal == 15
 
