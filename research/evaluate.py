@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from research import loss, sharding
-from research.data import stream, synthetic
+from research.data import heldout, synthetic
 from research.data.tokens import Corpus
 from research.model import MoETransformer, output_table
 
@@ -45,9 +45,9 @@ def make_suites(corpus: Corpus, config: Any, mesh_shape: tuple[int, int, int]) -
     if corpus.heldout_scored is not None:
         windows = synthetic.recall_windows(corpus, config)
     else:
-        targets = stream.heldout_targets(corpus, config)
-        windows = {str(c): (c, stream.context_windows(targets, corpus, c)) for c in config.eval.contexts}
-        windows["own"] = (config.seq_len, stream.own_length_windows(corpus, config))
+        targets = heldout.targets(corpus, config)
+        windows = {str(c): (c, heldout.context_windows(targets, corpus, c)) for c in config.eval.contexts}
+        windows["own"] = (config.seq_len, heldout.own_length_windows(corpus, config))
     return {
         name: Suite(context, _in_batches(arrays, config, mesh_shape), arrays["inputs"].shape[1] > config.seq_len)
         for name, (context, arrays) in windows.items()

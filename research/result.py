@@ -14,7 +14,7 @@ import numpy as np
 
 from research import cores, files, flops, metrics, process
 from research.config import ConfigError
-from research.data import stream, synthetic, tokens
+from research.data import heldout, stream, synthetic, tokens
 
 if TYPE_CHECKING:
     from research import evaluate
@@ -144,8 +144,8 @@ def _write_losses(this: "Run", scores: dict[str, Scores]) -> None:
         positions, documents, distances = synthetic.answers(this.corpus)
         arrays |= dict(document=documents, position=positions, distance=distances)
     else:
-        targets = stream.heldout_targets(this.corpus, this.config)
-        documents_WT, places_WT = stream.own_length_places(this.corpus, this.config)
+        targets = heldout.targets(this.corpus, this.config)
+        documents_WT, places_WT = heldout.own_length_places(this.corpus, this.config)
         arrays |= dict(document=targets.documents, position=targets.positions)
         arrays["own_loss"] = scores["own"].nll.reshape(documents_WT.shape)
         arrays |= dict(own_document=documents_WT, own_place=places_WT)

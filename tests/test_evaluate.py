@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from research import evaluate, result, sharding
-from research.data import stream
+from research.data import heldout
 from research.data.tokens import Corpus
 from research.model import MoETransformer
 from tests.small import bigger, model_config, small_config
@@ -46,7 +46,7 @@ def rows_of(suite: evaluate.Suite) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize(("seq_len", "batch_tokens", "mesh_shape"), SHAPES)
 def test_every_suite_scores_the_same_targets_once_in_one_order(seq_len, batch_tokens, mesh_shape):
-    wanted = stream.heldout_targets(PLACES, config_of()).positions
+    wanted = heldout.targets(PLACES, config_of()).positions
     assert len(np.unique(wanted)) == len(wanted) == TARGETS
     suites = evaluate.make_suites(PLACES, config_of(seq_len, batch_tokens), mesh_shape)
     assert list(suites) == ["8", "16", "32", "own"]
@@ -57,7 +57,7 @@ def test_every_suite_scores_the_same_targets_once_in_one_order(seq_len, batch_to
 
 @pytest.mark.parametrize(("seq_len", "batch_tokens", "mesh_shape"), SHAPES)
 def test_a_target_has_its_context_and_no_other_document(seq_len, batch_tokens, mesh_shape):
-    targets = stream.heldout_targets(PLACES, config_of())
+    targets = heldout.targets(PLACES, config_of())
     suites = evaluate.make_suites(PLACES, config_of(seq_len, batch_tokens, (8, 32)), mesh_shape)
     for context in (8, 32):
         rows = rows_of(suites[str(context)])
@@ -95,7 +95,7 @@ def test_windows_longer_than_the_training_length_are_beyond_it(seq_len, within):
 
 def test_places_of_own_windows_are_those_of_their_targets():
     """The token at (document, place) is the target, and every window crosses documents as running text does."""
-    documents_WT, places_WT = stream.own_length_places(PLACES, config_of(48))
+    documents_WT, places_WT = heldout.own_length_places(PLACES, config_of(48))
     rows = rows_of(evaluate.make_suites(PLACES, config_of(48), (1, 1, 1))["own"])
     np.testing.assert_array_equal(PLACES.heldout_starts[documents_WT] + places_WT, rows["targets"][: len(places_WT)])
     assert (places_WT < np.array(DOCUMENTS)[documents_WT]).all() and (places_WT >= 0).all()
@@ -128,7 +128,7 @@ def scores(mesh_shape: tuple[int, int, int], batch_tokens: int, uniform: bool = 
 def one_window_a_target(context: int) -> tuple[np.ndarray, np.ndarray]:
     """(-log p, predicted right) of each target from a row of its own: the tokens before it, then noise."""
     model, params = weights()
-    places = stream.heldout_targets(PLACES, config_of(24, 1, (8, 16)))
+    places = heldout.targets(PLACES, config_of(24, 1, (8, 16)))
     rows = rows_of(evaluate.make_suites(PLACES, config_of(24, 400, (8, 16)), (1, 1, 1))[str(context)])
     which, columns = np.nonzero(rows["targets"] >= 0)
     first, last = rows["inputs"][which, 0], places.positions  # [first, last) is seen
@@ -155,7 +155,7 @@ def test_scores_are_those_of_one_window_a_target(mesh_shape, batch_tokens, conte
     assert nll.dtype == np.float32 and len(nll) == TARGETS
     np.testing.assert_allclose(nll, wanted_nll, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(right, wanted_right)
-    wanted_ids = TEXT.heldout[stream.heldout_targets(TEXT, config_of(contexts=(8, 16))).positions]
+    wanted_ids = TEXT.heldout[heldout.targets(TEXT, config_of(contexts=(8, 16))).positions]
     np.testing.assert_array_equal(ids, wanted_ids)
     assert wanted_nll.std() > 0.1  # a model that says something
 

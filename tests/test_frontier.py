@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from research import evaluate, planner, sizes, target
 from research.analysis import frontier, memory, programs
 from research.config import ConfigError
-from research.data import stream, tokens
+from research.data import heldout, tokens
 from tests.small import small_config
 
 
@@ -144,9 +144,9 @@ def test_a_run_is_scored_on_no_longer_windows_than_are_planned_for(tmp_path):
     config.data.update(source="text", path=str(Path(__file__).parent), tokenizer="bytes")
     suites = evaluate.make_suites(tokens.open_corpus(config), config, (1, 1, 1))
     lengths = [suite.batches["inputs"].shape[-1] for suite in suites.values()]
-    assert max(lengths) == stream.longest_window(config) == 52
+    assert max(lengths) == heldout.longest_window(config) == 52
     recall = frontier.with_fields(config, {"data.source": "recall", "data.recall.document_length": 256})
-    assert stream.longest_window(recall) == 256
+    assert heldout.longest_window(recall) == 256
 
 
 def test_nothing_is_planned_where_a_folder_or_a_cache_cannot_be_written(tmp_path, here):

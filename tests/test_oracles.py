@@ -11,7 +11,7 @@ import pytest
 from research import evaluate, sharding
 from research.analysis import context
 from research.analysis.study import Arm, Key, Run
-from research.data import stream
+from research.data import heldout
 from research.data.tokens import Corpus
 from tests.small import small_config
 
@@ -108,7 +108,7 @@ def test_a_copied_corpus_drops_exactly_at_the_copy_distance(distance):
     config = small_config(vocab_size=VOCAB)
     config.seq_len, config.eval.own_targets = 256, 512
     seen = np.tile(np.arange(1, 257), 2)
-    place = stream.own_length_places(copied(distance), config)[1].reshape(-1)
+    place = heldout.own_length_places(copied(distance), config)[1].reshape(-1)
     np.testing.assert_allclose(losses["own"][seen < distance], math.log(VOCAB), rtol=1e-6)
     np.testing.assert_allclose(losses["own"][(seen >= distance) & (place >= distance)], 0, atol=1e-6)
 
@@ -132,7 +132,7 @@ def test_shared_windows_score_as_one_window_a_target_does_and_in_order(batch_tok
     shared = evaluated(copies(distance), corpus, batch_tokens=batch_tokens)
     config = small_config(vocab_size=VOCAB)
     config.eval.update(dict(contexts=CONTEXTS, num_targets=128, run_length=16))
-    targets = stream.heldout_targets(corpus, config)
+    targets = heldout.targets(corpus, config)
     right = corpus.heldout[targets.positions] == corpus.heldout[targets.positions - distance]
     wanted = np.where(right, 0, SURE)
     assert 0 < right.sum() < right.size

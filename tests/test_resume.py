@@ -21,7 +21,7 @@ import pytest
 from experiments import train
 from research import load
 from research.config import ConfigError
-from research.data import stream, tokens
+from research.data import heldout, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided", "ignore:the load_module")
 ROOT = Path(__file__).parent.parent
@@ -280,7 +280,7 @@ def test_a_run_is_loaded_and_predicts_what_it_was_scored_by(whole, tmp_path):
     found = load.load(whole)
     assert found.step == STEPS
     corpus = tokens.open_corpus(found.config)
-    windows = stream.own_length_windows(corpus, found.config)
+    windows = heldout.own_length_windows(corpus, found.config)
     logprobs = np.asarray(jax.nn.log_softmax(found.logits(windows["inputs"])), np.float64)
     loss = -np.take_along_axis(logprobs, windows["targets"][..., None], axis=-1)[..., 0]
     with np.load(whole / "heldout_losses.npz") as arrays:

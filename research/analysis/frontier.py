@@ -15,7 +15,7 @@ from research import sharding, sizes
 from research.analysis import memory
 from research.analysis.programs import Programs
 from research.config import ConfigError, validate
-from research.data import stream
+from research.data import heldout
 
 GROWTH = 64  # times the largest batch that is known to fit: no guess goes further
 SECANTS = 10  # measurements; memory that is so far from affine is halved instead
@@ -157,7 +157,7 @@ def checked(config: Any, programs: Programs) -> ConfigDict:
 def over_in_evaluation(config: Any, budget: int, programs: Programs) -> ConfigError | None:
     """What is wrong where scoring a config needs more than `budget` bytes a device: at the length that it is trained
     at or, when training is over, at the longest that it is scored at."""
-    for length in dict.fromkeys((config.seq_len, stream.longest_window(config))):
+    for length in dict.fromkeys((config.seq_len, heldout.longest_window(config))):
         needed = programs.usage(with_fields(config, dict(seq_len=length)), "eval").total
         if needed > budget:
             message = f"scoring windows of {length} alone needs {sizes.show(needed)} of {sizes.show(budget)} a device"
