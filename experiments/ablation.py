@@ -18,22 +18,20 @@ says so), or 1.
 """
 
 import argparse
-import ctypes
 import json
 import shlex
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from experiments.child import Interrupted, checked, run_child
 from experiments.flags import as_folder, load_config, make_folder
-from research import signals, sizes
+from research import sizes
 from research.analysis import findings, report, study
 from research.analysis.study import SETTINGS, Key
 from research.analysis.tables import duration
@@ -44,16 +42,6 @@ STRATEGIES = ("large_batch", "balanced", "long_seq")
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 TRAIN = (sys.executable, "-m", "experiments.train")
 CHECK = (sys.executable, "-m", "experiments.ablation", "--check_only")
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
-
-
-class Interrupted(Exception):
-    """A signal stopped a run, which has saved its state. `code` is the exit code to leave with."""
-
-    def __init__(self, code: int):
-        super().__init__(f"stopped, exit code {code}; the same command goes on from there")
-        self.code = code
 
 
 @dataclass(frozen=True)
@@ -212,15 +200,6 @@ def _file(strategy: str, scale: str) -> str:
     return f"{path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}:{scale}"
 
 
-def checked(check: Callable[[], int]) -> int:
-    """The exit code of a check of configs, which may build corpora; where a signal stops it, 128 and its number."""
-    try:
-        with signals.at_once():
-            return check()
-    except signals.Interrupted as stopped:
-        return 128 + stopped.signal
-
-
 def check_all(planned: Sequence[Planned], workdir: Path) -> int:
     """Checks the config of every run, but of one seed each, and that the folders there are hold no other.
 
@@ -263,42 +242,6 @@ def run_all(planned: Sequence[Planned], workdir: Path, train: Sequence[str]) -> 
         _record(workdir, keys, {run.key.name: code})
         if code:
             print(f"{run.key.name} failed: exit code {code}", file=sys.stderr, flush=True)
-
-
-def run_child(command: Sequence[str]) -> int:
-    """Exit code of a command that writes to this process's output; signals that come are handed on to it.
-
-    The child has a session of its own: Ctrl-C reaches it once, through us. Where we are killed, Linux tells it to save
-    and stop: it would hold its folder, and the accelerator. Raises: Interrupted after such a signal.
-    """
-    received: list[int] = []
-    child: list[subprocess.Popen] = []
-
-    def hand_on(number: int, _: Any) -> None:
-        received.append(number)
-        if child:
-            child[0].send_signal(number)
-
-    before = {number: signal.signal(number, hand_on) for number in SIGNALS}
-    try:
-        child.append(subprocess.Popen(command, start_new_session=True, preexec_fn=_ended_with_us()))
-        if received:  # while it was starting
-            child[0].send_signal(received[-1])
-        code = child[0].wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    code = 128 - code if code < 0 else code  # killed by a signal: as shells say it
-    if received:
-        raise Interrupted(code or 128 + received[0])
-    return code
-
-
-def _ended_with_us() -> Callable[[], Any] | None:
-    if sys.platform != "linux":
-        return None
-    prctl = ctypes.CDLL(None).prctl  # found now: between fork and exec little is allowed
-    return lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _record(workdir: Path, keys: Sequence[Key], exit_codes: dict[str, int]) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 
 from configs.waterfall import SCALES, STRATEGIES
 from experiments import waterfall_plan as plans
-from experiments.ablation import Interrupted, checked, run_child
+from experiments.child import Interrupted, checked, run_child
 from experiments.flags import as_folder, load_config, make_folder
 from experiments.waterfall_plan import STAGES, Losses, Plan, Run
 from research import files

@@ -249,7 +249,7 @@ def test_report_only_needs_no_more_than_the_data_files(tmp_path):
 def test_a_run_is_told_to_stop_where_the_study_is_killed():
     waits = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit('told')); print('runs', flush=True)"
     waits += "; time.sleep(60)"
-    code = f"import sys; from experiments import ablation; ablation.run_child([sys.executable, '-c', {waits!r}])"
+    code = f"import sys; from experiments import child; child.run_child([sys.executable, '-c', {waits!r}])"
     pipe = subprocess.PIPE
     study = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
     assert study.stdout.readline() == "runs\n"

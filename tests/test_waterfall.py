@@ -16,7 +16,7 @@ from configs.waterfall import SCALES, STRATEGIES
 from experiments import waterfall as script
 from experiments import waterfall_plan as plans
 from experiments.ablation import STRATEGIES as ABLATION_STRATEGIES
-from experiments.ablation import Interrupted
+from experiments.child import Interrupted
 from experiments.flags import load_config
 from research.analysis import markup, waterfall, waterfall_report
 from research.config import ConfigError
