@@ -53,6 +53,28 @@ def test_paired_steps_of_unlike_size_are_not_said_to_see_the_same_tokens(tmp_pat
     assert "the same tokens one after another for every strategy, in steps of unlike size" in said(tmp_path, keys)
 
 
+def test_the_code_that_made_the_runs_is_named(tmp_path):
+    keys = write_study(tmp_path, seeds=(1,))
+    assert "code" not in said(tmp_path, keys)  # results of earlier versions hold none
+    for key in keys:
+        environment = {
+            "commit": "0123456789abcdef",
+            "changed": False,
+            "python": "3.11.7",
+            "packages": {"jax": "0.10.2"},
+        }
+        (tmp_path / key.name / "environment.json").write_text(json.dumps(environment))
+    assert "code commit 0123456789ab (Python 3.11.7, jax 0.10.2)" in said(tmp_path, keys).split("**Not equal")[0]
+    edit(tmp_path / "balanced-independent-1" / "environment.json", "changed", value=True)
+    assert "balanced commit 0123456789ab, changed since (" in said(tmp_path, keys).split("**Not equal")[1]
+    study.save(study.collect(tmp_path, keys, {}), tmp_path / "report")
+    runs = json.loads((tmp_path / "report" / "results.json").read_text())["runs"]
+    found = dict(protocol.facts({"runs": runs}))["code"]
+    assert found.startswith("commit 0123456789ab (Python 3.11.7, jax 0.10.2), commit 0123456789ab, changed since")
+    study.save(study.load(tmp_path / "report"), tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "results.json").read_text())["runs"] == runs
+
+
 def test_recall_runs_of_unlike_tasks_are_refused(tmp_path):
     keys = write_study(tmp_path, seeds=(1,), settings=("independent", "recall"))
     assert study.collect(tmp_path, keys, {})  # the text and the task are not compared with each other

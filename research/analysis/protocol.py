@@ -67,8 +67,19 @@ def facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts_.append(("parameters", ", ".join(f"{count / 1e6:.1f} M" for count in counts)))
         facts_.append(("tokens a run", ", ".join(f"{n:,}" for n in sorted({run["result"]["tokens"] for run in text}))))
     facts_.append(("device", ", ".join(dict.fromkeys(run["result"]["device"] for run in found))))
+    if any(run.get("environment") for run in found):
+        facts_.append(("code", ", ".join(dict.fromkeys(map(_code, found)))))
     facts_.append(("last run", max(run["result"]["date"] for run in found)))
     return facts_
+
+
+def _code(run: Run) -> str:
+    environment = run.get("environment")
+    if not environment:
+        return "not kept"
+    changed = ", changed since" if environment.get("changed") else ""
+    commit = f"commit {environment['commit'][:12]}{changed}" if environment.get("commit") else "no commit"
+    return f"{commit} (Python {environment['python']}, jax {environment['packages']['jax']})"
 
 
 def text(results: Mapping[str, Any]) -> str:
@@ -131,6 +142,8 @@ def _compared(found: Sequence[Run]) -> tuple[list[str], list[str]]:
         ("training FLOPs", lambda r: f"{r['result']['flops']:.3g}"),
         ("device", lambda r: r["result"]["device"]),
     )
+    if any(run.get("environment") for run in found):
+        checks += (("code", _code),)
     equal, unequal = [], []
     for name, show in checks:
         by_strategy = {run["strategy"]: dict.fromkeys([]) for run in found}

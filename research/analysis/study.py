@@ -56,6 +56,7 @@ class Run:
     config: dict[str, Any] | None = None  # config.json, without folders of the machine
     curve: tuple[dict[str, float], ...] = ()  # rows of metrics.jsonl by step
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)  # of heldout_losses.npz, own windows binned
+    environment: dict[str, Any] | None = None  # environment.json: versions, and the commit of the code
 
     @property
     def finished(self) -> bool:
@@ -184,7 +185,8 @@ def _read_run(folder: Path, key: Key) -> Run:
     if "own_loss" in arrays:
         own = [arrays.pop(name) for name in ("own_loss", "own_document", "own_place")]
         arrays |= context.bin_own(*own)
-    return Run(key, FINISHED, result, config, _read_curve(folder / "metrics.jsonl"), arrays)
+    environment = _read_json(folder / "environment.json") if (folder / "environment.json").exists() else None
+    return Run(key, FINISHED, result, config, _read_curve(folder / "metrics.jsonl"), arrays, environment)
 
 
 def _without_folders(config: dict[str, Any]) -> dict[str, Any]:
@@ -220,10 +222,8 @@ def _short(value: float) -> float:
 def save(runs: Sequence[Run], folder: Path) -> None:
     """Writes the two data files of a report into `folder`, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    table = [
-        {**dataclasses.asdict(r.key), "status": r.status, "result": r.result, "config": r.config, "curve": r.curve}
-        for r in runs
-    ]
+    names = ("status", "result", "config", "environment", "curve")
+    table = [dataclasses.asdict(run.key) | {name: getattr(run, name) for name in names} for run in runs]
     files.write_json(folder / "results.json", {"runs": table})
     content = _arrays_npz(runs, np.float32)
     if len(content) > LOSSES_LIMIT:
@@ -277,7 +277,8 @@ def load(folder: Path) -> list[Run]:
             arrays |= {name: source[name] for name in TARGETS if name in source}
         if entry["status"] == FINISHED and not arrays:
             raise _damaged(folder / "heldout_losses.npz", f"has nothing of {key.name}")
-        runs.append(Run(key, entry["status"], entry["result"], entry["config"], tuple(entry["curve"]), arrays))
+        known = [entry["status"], entry["result"], entry["config"], tuple(entry["curve"]), arrays]
+        runs.append(Run(key, *known, entry.get("environment")))  # results of earlier versions have none
     return runs
 
 
