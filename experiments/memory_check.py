@@ -22,9 +22,10 @@ from research.config import ConfigError
 from research.files import write_text
 
 STEP = (sys.executable, "-m", "experiments.memory_step")
-# Of the C library: freed blocks of this size and more go back to the system at once. Else it keeps some of up to
-# 32 MiB, not always the same: one step of half a GiB took 8 % to 14 % more than planned.
-GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**20)}
+# Of the C library: freed blocks of this size and more go back to the system at once, and threads share what else is
+# freed. Otherwise it keeps some of up to 32 MiB (one step of half a GiB took 8 % to 14 % more than planned, not always
+# the same), and each thread keeps its own: a buffer of 71 MB, taken by one thread and then by another, was there twice.
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**20), "MALLOC_ARENA_MAX": "1"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -233,8 +233,8 @@ def check_text(checked: Sequence[dict[str, Any]], drawn: set[str], on_cpu: bool 
         )
     if errors and on_cpu:
         summary += (
-            " On a CPU the C library gave freed blocks of 4 MiB and more back at once: steps are slower by it, and a"
-            " process that lets it keep some of up to 32 MiB holds up to 14 % more."
+            " On a CPU the C library gave freed blocks of 4 MiB and more back at once; threads shared the rest. That"
+            " is slower, and a process that lets it keep freed blocks, those of each thread apart, may hold 14 % more."
         )
     return f"## Is it true?\n\n{markdown(columns, rows)}\n\n{summary}\n\n{picture('check', drawn)}"
 
