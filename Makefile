@@ -1,11 +1,18 @@
-# make ablation: set up, then train the three strategies on real text and compare them (about 5 minutes on 2 cores).
-# make study:    the same with three seeds, both orders of the data, and the recall task (about 30 minutes).
-# make test:     set up, then all tests (8 to 15 minutes on 2 cores of a shared machine).
+# make ablation  set up, then train the three strategies on real text and compare them (about 5 minutes on 2 cores)
+# make study     the same with three seeds, both orders of the data, and the recall task (about 30 minutes)
+# make test      set up, then all tests (8 to 15 minutes on 2 cores of a shared machine)
+# make parity    the model and optimisers against PyTorch, which this installs
+# make hub       data sets and tokenizers by name, against a server on this machine
+# make lint      ruff
+# make clean     remove .venv and what tools have kept
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: ablation study test parity hub lint clean
+.PHONY: help ablation study test parity hub lint clean
+help:
+	@sed -n 's/^# \(make [a-z].*\)/\1/p' $(firstword $(MAKEFILE_LIST))
+
 ablation: $(VENV)/ready
 	$(BIN)/python -m experiments.ablation --scale=cpu --workdir=runs/ablation
 

@@ -18,19 +18,17 @@ says so), or 1.
 """
 
 import argparse
-import json
 import shlex
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict
 
 from experiments.child import Interrupted, checked, run_child
-from experiments.flags import as_folder, load_config, make_folder
+from experiments.flags import OVERRIDES, Parser, as_folder, load_config, make_folder
 from research import sizes
 from research.analysis import findings, report, study
 from research.analysis.study import SETTINGS, Key
@@ -92,12 +90,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
     Raises: ConfigError on an argument that is not known.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.ablation",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("ablation", __doc__, OVERRIDES)
     parser.add_argument("--scale", default="cpu", help="of the configs: cpu (default) or published")
     parser.add_argument("--workdir", type=as_folder, required=True, help="each run gets a folder in it")
     parser.add_argument("--strategies", type=_names, default=list(STRATEGIES), help="names of configs/*.py")
@@ -129,8 +122,9 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         if setting not in SETTINGS:
             raise ConfigError("--settings", setting, f"choose of {', '.join(SETTINGS)}")
     for seed in arguments.seeds:
-        if not seed.isdecimal():
+        if not (seed.isascii() and seed.isdecimal()):
             raise ConfigError("--seeds", seed, "give whole numbers, 0 or more, divided by commas")
+    arguments.seeds = list(dict.fromkeys(str(int(seed)) for seed in arguments.seeds))  # 042 is 42
     if arguments.memory:
         sizes.parse(arguments.memory, "--memory")
         for name in ("batch_size", "memory_budget"):
@@ -255,8 +249,12 @@ def _recorded(workdir: Path) -> tuple[list[Key], dict[str, int]]:
     path = workdir / "ablation.json"
     if not path.exists():
         return [], {}
-    known: dict[str, Any] = json.loads(path.read_text())
-    return [Key(**key) for key in known["runs"]], known["exit_codes"]
+    known = study.read_json(path)
+    try:
+        return [Key(**key) for key in known["runs"]], dict(known["exit_codes"])
+    except (KeyError, TypeError, ValueError) as error:
+        message = f"{path.name} is damaged ({error!r}); remove it and give the study's command again: no run is lost"
+        raise ConfigError("--workdir", str(workdir), message) from None
 
 
 def write_report(workdir: Path) -> int:

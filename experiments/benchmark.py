@@ -49,7 +49,7 @@ from ml_collections import ConfigDict
 
 from experiments.benchmark_table import show
 from experiments.contestants import build, seconds_of
-from experiments.flags import load_config
+from experiments.flags import OVERRIDES, Parser, load_config
 from experiments.rounds import progress, time_all
 from research import process
 from research.config import ConfigError
@@ -92,19 +92,18 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, ConfigDict
 
     Raises: ConfigError for a value that is wrong, before anything runs.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.benchmark",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser("benchmark", __doc__, OVERRIDES)
+    parser.add_argument("--scale", default="cpu", help="of the configs: cpu (default) or published")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds, each of one timed step (default 5)")
+    parser.add_argument("--steps", type=int, default=0, help="so many of each in a process of its own, for its memory")
+    parser.add_argument("--out", required=True, metavar="FILE", help="of JSON, written at the end")
+    parser.add_argument(
+        "--strategies", default=",".join(STRATEGIES), help=f"of {','.join(STRATEGIES)}; all if not given"
     )
-    parser.add_argument("--scale", default="cpu")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=0)
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--strategies", default=",".join(STRATEGIES))
-    parser.add_argument("--implementations", default="")
-    parser.add_argument("--profile", default="", metavar="FOLDER")
+    parser.add_argument("--implementations", default="", help=f"of {','.join(IMPLEMENTATIONS)}")
+    parser.add_argument(
+        "--profile", default="", metavar="FOLDER", help="also trace steps of ours; see experiments.trace"
+    )
     parser.add_argument("--child", default="", choices=("cpu", "cuda"), help=argparse.SUPPRESS)
     arguments, overrides = parser.parse_known_args(argv)
     for name, least in (("repeats", 1), ("steps", 0)):

@@ -1,9 +1,11 @@
 """A script's --config=file.py:scale, --config.field=value and --workdir, with one clear line for each mistake."""
 
+import argparse
 import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -11,27 +13,43 @@ from ml_collections import ConfigDict, config_flags
 from configs import base
 from research.config import ConfigError
 
+EXAMPLES = dict(config="configs/balanced.py:cpu", workdir="runs/balanced")
+OVERRIDES = "Any number of --config.FIELD=VALUE change the config: configs/base.py names every field and what it means."
 
-def read_flags(argv: Sequence[str]) -> tuple[ConfigDict, str]:
-    """(config, workdir) of `--config=... --workdir=... [--config.field=value ...]`.
+
+class Parser(argparse.ArgumentParser):
+    """Of a script: --help prints its docstring and what each argument is; a mistake is one line, exit code 2."""
+
+    def __init__(self, script: str, doc: str, epilog: str = ""):
+        super().__init__(
+            prog=f"python -m experiments.{script}",
+            description=doc,
+            epilog=epilog,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {' '.join(message.split())}; see {self.prog} --help\n")
+
+
+def read_flags(argv: Sequence[str], script: str, doc: str) -> tuple[ConfigDict, str]:
+    """(config, workdir) of `--config=... --workdir=... [--config.field=value ...]`, of a script with that docstring.
 
     Raises: ConfigError for an argument that is unknown, missing or wrong.
     """
-    values, overrides = {}, []
-    for argument in argv:
-        name, equals, value = argument.partition("=")
-        if name in ("--config", "--workdir") and equals and value:
-            values[name] = value
-        elif name.startswith("--config.") and equals:
-            overrides.append(argument)
-        else:
-            raise ConfigError(
-                "argument", argument, "unknown; give --config=FILE:SCALE, --workdir=FOLDER, --config.FIELD=VALUE"
-            )
-    for name, example in (("--config", "configs/balanced.py:cpu"), ("--workdir", "runs/balanced")):
-        if name not in values:
-            raise ConfigError(name, None, f"give it, such as {name}={example}")
-    return load_config(values["--config"], overrides), str(as_folder(values["--workdir"]))
+    parser = Parser(script, doc, OVERRIDES)
+    parser.add_argument("--config", metavar="FILE:SCALE", help=f"such as {EXAMPLES['config']}")
+    parser.add_argument("--workdir", metavar="FOLDER", help="of the run: its config, metrics, checkpoints and result")
+    arguments, rest = parser.parse_known_args(argv)
+    for argument in rest:
+        if not (argument.startswith("--config.") and "=" in argument):
+            known = "give --config=FILE:SCALE, --workdir=FOLDER, --config.FIELD=VALUE"
+            raise ConfigError("argument", argument, f"unknown; {known}")
+    for name, example in EXAMPLES.items():
+        if not getattr(arguments, name):
+            raise ConfigError(f"--{name}", None, f"give it, such as --{name}={example}")
+    return load_config(arguments.config, rest), str(as_folder(arguments.workdir))
 
 
 def as_folder(name: str) -> Path:

@@ -7,7 +7,6 @@ Takes the cells of a frontier (experiments/memory_frontier.py) that was compiled
 goes on where it was stopped, and tries again what failed. Exit codes: 0; 1, a step failed; 2, a mistake.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -15,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.flags import as_folder
+from experiments.flags import Parser, as_folder
 from research import sizes
 from research.analysis import memory_report
 from research.config import ConfigError
@@ -29,10 +28,7 @@ GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**20), "MALLOC_ARENA_MAX": "1"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.memory_check", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = Parser("memory_check", __doc__)
     parser.add_argument("--workdir", type=as_folder, required=True, help="of a frontier")
     parser.add_argument("--most", default="4GiB", help="that a step may need (default 4GiB)")
     arguments = parser.parse_args(argv)

@@ -3,7 +3,7 @@
     python -m experiments.memory_frontier --config=configs/balanced.py:published --budget=24GiB --lengths=256,1024,4096
     python -m experiments.memory_frontier --config=configs/balanced.py:cpu --budget=1GiB --lengths=128,512,2048 --law
     python -m experiments.memory_frontier --config=configs/balanced.py:published --budget=24GiB --topology=h200
-    python -m experiments.memory_frontier --report_only --workdir=experiments/results/memory/published
+    python -m experiments.memory_frontier --report_only --workdir=experiments/results/memory/published_h200
 
 A budget is of one device; 24G and 24GiB are powers of 1024, 24GB of 1000. --remat, --attention, --dtype, --accumulation
 and --mesh (data x seq, such as 1x1,8x1,2x4; simulated on CPU) take lists: every combination is planned. --topology
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.flags import as_folder, check_folder, load_config, make_folder, without_folder
+from experiments.flags import OVERRIDES, Parser, as_folder, check_folder, load_config, make_folder, without_folder
 from research import sizes
 from research.config import CHOICES, ConfigError
 
@@ -58,26 +58,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments, lists parsed; `overrides` are those of the config. Raises: ConfigError for one that is wrong."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.memory_frontier", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--config", default="configs/balanced.py:cpu")
+    parser = Parser("memory_frontier", __doc__, OVERRIDES)
+    parser.add_argument("--config", default="configs/balanced.py:cpu", help="FILE:SCALE (default %(default)s)")
     parser.add_argument("--budget", default="", help="of one device, such as 24GiB")
     parser.add_argument(
         "--lengths", default="", help="tokens a row, such as 256,1024,4096; the config's own if not given"
     )
-    parser.add_argument("--remat", default="none,block,full")
+    parser.add_argument("--remat", default="none,block,full", help="a list (default %(default)s)")
     parser.add_argument(
         "--attention", default="", help="of auto,xla,chunked,flash,cudnn; the config's own if not given"
     )
-    parser.add_argument("--dtype", default="")
-    parser.add_argument("--accumulation", default="")
+    parser.add_argument("--dtype", default="", help="of float32,bfloat16; the config's own if not given")
+    parser.add_argument("--accumulation", default="", help="microbatches a step, a list; the config's own if not given")
     parser.add_argument("--mesh", default="", help="data x seq, such as 1x1,8x1,2x4; the config's own if not given")
     parser.add_argument("--topology", default="", help="an accelerator that is not here, such as h200 or v5e:2x4")
     parser.add_argument("--law", action="store_true", help="fit a + b B T + c B T^2 for each attention backend")
     parser.add_argument("--parts", action="store_true", help="what the memory of each cell is made of")
-    parser.add_argument("--workdir", type=as_folder, default=Path("runs/frontier"))
+    parser.add_argument("--workdir", type=as_folder, default=Path("runs/frontier"), help="default %(default)s")
     parser.add_argument("--report_only", action="store_true", help="make the report again, compile nothing")
     arguments, rest = parser.parse_known_args(argv)
     for given in rest:

@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
         print("error: memory is read from /proc, which only Linux has", file=sys.stderr)
         return 2
     try:
-        config, _ = read_flags(argv)
+        config, _ = read_flags(argv, "memory_step", __doc__)
         print(json.dumps(measure(config)))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

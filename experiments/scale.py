@@ -18,7 +18,15 @@ from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # simulated devices, whatever is here
 
-from experiments.flags import as_folder, check_folder, load_config, make_folder, without_folder  # noqa: E402
+from experiments.flags import (  # noqa: E402
+    OVERRIDES,
+    Parser,
+    as_folder,
+    check_folder,
+    load_config,
+    make_folder,
+    without_folder,
+)  # fmt: skip
 from research import target  # noqa: E402
 from research.analysis import scale, scale_report  # noqa: E402
 from research.config import ConfigError  # noqa: E402
@@ -29,14 +37,11 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.scale", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--workdir", type=as_folder, required=True)
-    parser.add_argument("--scale", default="published")
+    parser = Parser("scale", __doc__, OVERRIDES)
+    parser.add_argument("--workdir", type=as_folder, required=True, help="of scale.json, report and figures")
+    parser.add_argument("--scale", default="published", help="of the configs (default published)")
     parser.add_argument("--tokens", type=int, default=2**20, help="a step (default 1,048,576)")
-    parser.add_argument("--devices", default="8,64,1024")
+    parser.add_argument("--devices", default="8,64,1024", help="how many (default %(default)s)")
     parser.add_argument("--seq", default="1,4,16", help="sizes of the mesh axis that divides positions")
     parser.add_argument("--report_only", action="store_true", help="from scale.json of the workdir")
     arguments, overrides = parser.parse_known_args(argv)

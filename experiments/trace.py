@@ -10,7 +10,6 @@ does not say so itself.
 Exit codes: 0; 1, the trace holds nothing that a device ran; 2, no trace there.
 """
 
-import argparse
 import collections
 import re
 import sys
@@ -19,6 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments.flags import Parser
 from experiments.scopes import PARTS, part_of, scopes_of_programs
 
 LONGEST = 15
@@ -36,11 +36,9 @@ class Event(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.trace", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder")
-    parser.add_argument("--steps", type=int, default=0)
+    parser = Parser("trace", __doc__)
+    parser.add_argument("folder", help="of the trace, such as traces/balanced")
+    parser.add_argument("--steps", type=int, default=0, help="in the trace, where it does not say so itself")
     arguments = parser.parse_args(argv)
     try:
         found = read(arguments.folder, arguments.steps)

@@ -17,7 +17,7 @@ from research.config import ConfigError
 def main(argv: Sequence[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        config, workdir = read_flags(argv)
+        config, workdir = read_flags(argv, "train", __doc__)
         from research import train  # after the flags: a misspelt one is said before JAX has started
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

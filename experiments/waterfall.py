@@ -13,7 +13,6 @@ Exit codes: 0, all finished; 2, a mistake in the config, nothing run; else that 
 """
 
 import argparse
-import json
 import math
 import shlex
 import shutil
@@ -26,10 +25,10 @@ from typing import Any
 from configs.waterfall import SCALES, STRATEGIES
 from experiments import waterfall_plan as plans
 from experiments.child import Interrupted, checked, run_child
-from experiments.flags import as_folder, load_config, make_folder
+from experiments.flags import OVERRIDES, Parser, as_folder, load_config, make_folder
 from experiments.waterfall_plan import STAGES, Losses, Plan, Run
 from research import files
-from research.analysis import waterfall, waterfall_report
+from research.analysis import study, waterfall, waterfall_report
 from research.config import ConfigError
 
 TRAIN = (sys.executable, "-m", "experiments.train")
@@ -70,12 +69,7 @@ def main(argv: Sequence[str] | None = None, train: Sequence[str] = TRAIN, check:
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     """The arguments, and the overrides {field: value} of `--config.field=value`. Raises: ConfigError on another."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.waterfall",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("waterfall", __doc__, OVERRIDES)
     parser.add_argument("--scale", default="cpu", help=f"one of {', '.join(SCALES)}; default cpu")
     parser.add_argument("--smoke", action="store_true", help="the same as --scale=smoke")
     parser.add_argument("--workdir", type=as_folder, required=True, help="each run gets a folder in it")
@@ -126,7 +120,7 @@ def _identity(plan: Plan) -> dict[str, Any]:
 
 def read_state(workdir: Path) -> dict[str, Any]:
     path = workdir / STATE
-    return json.loads(path.read_text()) if path.exists() else {"exit_codes": {}, "seconds": {}}
+    return {"exit_codes": {}, "seconds": {}} | (study.read_json(path) if path.exists() else {})
 
 
 def write_state(workdir: Path, state: Mapping[str, Any]) -> None:

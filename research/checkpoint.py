@@ -223,7 +223,7 @@ def refuse_another(folder: Path, config: dict[str, Any], fingerprint: str) -> No
     except (ValueError, KeyError, TypeError, AttributeError):
         message = "its config.json is damaged or not a run's; choose another folder"
         raise ConfigError("--workdir", str(folder), message) from None
-    if corpus != fingerprint:
-        raise ConfigError("--workdir", str(folder), "holds a run on another corpus; choose another folder")
     for field, (old, new) in differences(before, json.loads(json.dumps(config))):
         raise ConfigError(f"config.{field}", new, f"{folder} holds a run with {old!r}; choose another --workdir")
+    if corpus != fingerprint:  # by the same fields: a text or a tokenizer's file has changed since
+        raise ConfigError("--workdir", str(folder), "holds a run on another corpus; choose another folder")

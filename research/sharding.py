@@ -40,7 +40,8 @@ def mesh_shape(mesh_config: Any, num_devices: int) -> tuple[int, int, int]:
     if fixed > num_devices:
         raise ConfigError(
             field, sizes[field.rsplit(".", 1)[1]],
-            f"a mesh of {fixed} devices is larger than the {num_devices} at hand; make the axes smaller",
+            f"a mesh of {fixed} devices is larger than the {num_devices} at hand; make the axes smaller (or simulate"
+            f" devices on a CPU: XLA_FLAGS=--xla_force_host_platform_device_count={fixed})",
         )  # fmt: skip
     if free:
         if num_devices % fixed:

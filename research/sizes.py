@@ -1,7 +1,8 @@
 """Sizes of memory as people write them: 24GiB, 24G, 24GB, 80000MiB.
 
 As GNU coreutils reads them (info coreutils "Block size"): a letter alone or with iB counts in powers of 1024, with B in
-powers of 1000. So 24G and 24GiB are 25,769,803,776 bytes, and 24GB are 24,000,000,000.
+powers of 1000. So 24G and 24GiB are 25,769,803,776 bytes, and 24GB are 24,000,000,000. Bytes without a unit are taken
+from a mebibyte on: fewer are a unit forgotten.
 """
 
 import re
@@ -20,6 +21,8 @@ def parse(text: str, field: str) -> int:
         number, prefix, unit = found.groups()
         base = 1000 if unit and unit.lower() == "b" else 1024
         size = int(float(number) * base ** (1 + PREFIXES.index(prefix.upper()) if prefix else 0))
+    if 1 <= size < 2**20 and str(text).strip()[-1].isdigit():
+        raise ConfigError(field, text, f"is {size} bytes; write a unit, such as {found[1]}GiB")
     if size < 1:
         message = "not a size of memory; write 24GiB (or 24G: powers of 1024), 24GB (powers of 1000), or 512MiB"
         raise ConfigError(field, text, message)

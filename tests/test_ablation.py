@@ -123,6 +123,7 @@ def test_a_missing_seed_is_in_the_report_and_in_the_exit_code(tmp_path):
         (["--config.seed"], "'--config.seed'"),
         (["--report_only"], "--workdir="),
         (["--seeds=1,x"], "--seeds='x'"),
+        (["--seeds=1,٣"], "--seeds='٣'"),
         (["--seeds=1,2", "--config.seed=3"], "--seeds='1,2'"),
         (["--settings=paired,odd"], "--settings='odd'"),
         (["--settings=paired", "--config.data.shuffle_block=2048"], "config.data.shuffle_block=2048"),
@@ -170,7 +171,8 @@ def test_a_study_of_another_config_is_refused_and_stays(tmp_path, capsys):
     fields = dict(source="text", path=text, cache_dir=tmp_path / "cache", tokenizer="bytes", max_epochs=0)
     overrides = [f"--config.data.{name}={value}" for name, value in fields.items()]
     assert ablation(tmp_path, "--check_only", "--strategies=balanced", *overrides) == 2
-    assert "another corpus; choose another folder" in capsys.readouterr().err
+    error = capsys.readouterr().err  # the field is named, rather than the corpus that follows from it
+    assert error.startswith("error: config.data.max_epochs=0") and "choose another --workdir" in error
     assert (run / "config.json").read_bytes() == before
 
 
@@ -243,6 +245,22 @@ def test_report_only_needs_no_more_than_the_data_files(tmp_path):
         assert (committed / name).read_bytes() == (made / name).read_bytes()
     (committed / "results.json").write_text('{"study": {}, "runs": [{"name": "of a waterfall"}]}')
     assert ablation(committed, "--report_only") == 2
+
+
+@pytest.mark.parametrize("content", ['{"runs": [', "[]", '{"runs": [{"strategy": "balanced"}]}', '{"runs": 3}', "{}"])
+@pytest.mark.parametrize("name", ["results.json", "ablation.json"])
+def test_a_damaged_file_is_named_in_one_line_and_stays(tmp_path, capsys, name, content):
+    (tmp_path / name).write_text(content)
+    (tmp_path / "heldout_losses.npz").write_bytes(b"")
+    assert ablation(tmp_path, "--report_only") == 2
+    error = capsys.readouterr().err
+    assert name in error and error.count("\n") == 1 and (tmp_path / name).read_text() == content
+
+
+def test_a_seed_that_is_given_twice_is_one(tmp_path, capsys):
+    assert ablation(tmp_path, "--strategies=balanced", "--seeds=42,042,7", "--dry_run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rpartition("--config.seed=")[2] for line in lines] == ["42", "7"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells a child that its parent is gone")

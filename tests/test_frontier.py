@@ -214,7 +214,7 @@ def test_evaluation_counts_the_optimizer_state_and_not_remat(tmp_path, here):
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("24G", 24 * 2**30), ("24GiB", 24 * 2**30), ("24GB", 24 * 10**9), ("1.5 MiB", 3 * 2**19), ("800", 800),
+    [("24G", 24 * 2**30), ("24GiB", 24 * 2**30), ("24GB", 24 * 10**9), ("1.5 MiB", 3 * 2**19), ("1048576", 2**20),
      ("64b", 64), ("2tib", 2**41)],
 )  # fmt: skip
 def test_sizes_are_read_as_coreutils_reads_them(text, size):
@@ -225,6 +225,12 @@ def test_sizes_are_read_as_coreutils_reads_them(text, size):
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(ConfigError, match="--budget=.*not a size of memory"):
         sizes.parse(text, "--budget")
+
+
+@pytest.mark.parametrize("text", ["2", "1.5", " 800 "])
+def test_a_size_whose_unit_was_forgotten_is_refused(text):
+    with pytest.raises(ConfigError, match=f"--memory=.* is {int(float(text))} bytes; write a unit"):
+        sizes.parse(text, "--memory")
 
 
 @pytest.mark.parametrize(

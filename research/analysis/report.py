@@ -1,6 +1,5 @@
 """The report of a study: its data files are analysed into results.json; report.md and report.html are made of that."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -40,8 +39,8 @@ def write(folder: Path) -> dict[str, Any]:
     Returns: results.json's content. The same data files give the same report. Raises: ConfigError when a data file is
     missing or damaged.
     """
-    results = json.loads((folder / "results.json").read_text())
-    results["analysis"] = analyse(study.load(folder))
+    runs = study.load(folder)
+    results = study.read_json(folder / "results.json") | {"analysis": analyse(runs)}
     write_json(folder / "results.json", results)
     render(results, folder)
     return results

@@ -175,17 +175,17 @@ def _refuse_unlike(runs: Sequence[Run], workdir: Path) -> None:
 
 
 def _read_run(folder: Path, key: Key) -> Run:
-    result = _read_json(folder / "result.json")
+    result = read_json(folder / "result.json")
     if absent := sorted(_NEEDED - result.keys()):
         raise _damaged(folder / "result.json", f"has no {absent[0]!r}")
-    config = _without_folders(_read_json(folder / "config.json"))
+    config = _without_folders(read_json(folder / "config.json"))
     arrays = _read_arrays(folder / "heldout_losses.npz")
     if absent := sorted({"document", "position"} - arrays.keys()):
         raise _damaged(folder / "heldout_losses.npz", f"has no {absent[0]!r}")
     if "own_loss" in arrays:
         own = [arrays.pop(name) for name in ("own_loss", "own_document", "own_place")]
         arrays |= context.bin_own(*own)
-    environment = _read_json(folder / "environment.json") if (folder / "environment.json").exists() else None
+    environment = read_json(folder / "environment.json") if (folder / "environment.json").exists() else None
     return Run(key, FINISHED, result, config, _read_curve(folder / "metrics.jsonl"), arrays, environment)
 
 
@@ -261,8 +261,8 @@ def load(folder: Path) -> list[Run]:
     for name in ("results.json", "heldout_losses.npz"):
         if not (folder / name).exists():
             raise _damaged(folder / name, "is missing")
-    table = _read_json(folder / "results.json").get("runs")
-    if table is None or any("setting" not in entry for entry in table):
+    table = read_json(folder / "results.json").get("runs")
+    if not isinstance(table, list) or any("setting" not in entry for entry in table):
         raise ConfigError("workdir", str(folder), "its results.json is not a study's; see experiments.waterfall")
     stored: dict[str, dict[str, np.ndarray]] = {}
     for name, array in _read_arrays(folder / "heldout_losses.npz").items():
@@ -291,11 +291,15 @@ def same_targets(a: Run, b: Run) -> bool:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file. Raises: ConfigError naming the file, where it is missing or damaged."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise _damaged(path, f"cannot be read ({error})") from None
+    if not isinstance(found, dict):
+        raise _damaged(path, "holds no object")
+    return found
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
