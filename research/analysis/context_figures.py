@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from research.analysis.style import INK, legend, name_of
+from research.analysis.style import INK, legend, name_of, note
 
 Styles = Mapping[str, dict[str, Any]]
 
@@ -39,8 +39,8 @@ def curves_figure(analysis: dict[str, Any], styles: Styles) -> Figure:
         _context_axis(axes, [c["context"] for c in entries[0]["curve"]], arms, styles)
     marks = "dotted, hollow: raw, beyond the trained length T;  thin: sliding window"
     over = "seeds and documents" if any(len(arm["seeds"]) > 1 for arm in arms) else "documents (one seed)"
-    note = f"bands (right): 95 %, {over};  {marks}" if right.collections else marks
-    legend(figure, left, note, any(arm["own"]["leaking"] for arm in arms))
+    said = f"bands (right): 95 %, {over};  {marks}" if right.collections else marks
+    legend(figure, left, said, any(arm["own"]["leaking"] for arm in arms))
     return figure
 
 
@@ -77,39 +77,48 @@ def _context_axis(axes: Axes, contexts: Sequence[int], arms: Sequence[dict], sty
         axes.annotate(f"T={arm['seq_len']}", (arm["seq_len"], 0.045), **place)
 
 
-def places_figure(analysis: dict[str, Any], styles: Styles) -> Figure:
-    """Loss by the number of tokens before a target: in windows of the trained length, and in its document."""
-    figure = Figure(figsize=(9.6, 4.2), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
+PLACES = {"window": "In windows of the trained length", "place": "In the document"}
+_TOKENS_OF = {"window": "window", "place": "document"}
+
+
+def places_figure(analysis: dict[str, Any], styles: Styles) -> Figure | None:
+    """Loss by the number of tokens before a target: in windows of the trained length, and in its document.
+
+    None where nothing is known of either. Bins of too few windows or documents for an interval are left out; where no
+    bin can have one, as windows are of one text and may overlap, means of windows are drawn alone.
+    """
     arms = [arm for arm in analysis["arms"] if arm["setting"] == "independent"]
     entries = [entry for entry in analysis["context"] if entry["setting"] == "independent"]
-    for axes, kind in zip(panels, ("window", "place"), strict=True):
-        if not any(b["low"] is not None for entry in entries for b in entry[kind]):
-            axes.set_visible(False)
-            continue
+    sure = {kind: any(b["low"] is not None for entry in entries for b in entry[kind]) for kind in PLACES}
+    kinds = [kind for kind in PLACES if sure[kind] or (kind == "window" and any(entry[kind] for entry in entries))]
+    if not kinds:
+        return None
+    figure = Figure(figsize=(9.6, 4.2), layout="constrained")
+    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    means = []
+    for axes, kind in zip(panels, kinds, strict=True):
         for arm, entry in zip(arms, entries, strict=True):
-            bins = [b for b in entry[kind] if b["low"] is not None]
-            middle = [(b["from"] * (b["to"] + 1)) ** 0.5 for b in bins]
-            style = styles[arm["strategy"]]
-            axes.plot(middle, [b["mean"] for b in bins], label=name_of(arm), markeredgecolor="white", **style)
-            edges = [[b[end] for b in bins] for end in ("low", "high")]
-            axes.fill_between(middle, *edges, color=style["color"], alpha=0.1, lw=0)
+            bins = [b for b in entry[kind] if b["low"] is not None or not sure[kind]]
+            _bins(axes, bins, styles[arm["strategy"]], name_of(arm), sure[kind])
+            means += [b["mean"] for b in bins]
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1024:g}k" if x >= 1024 else f"{x:g}")
-    kinds = [b for entry in entries for kind in ("window", "place") for b in entry[kind] if b["low"] is not None]
-    if kinds:
-        means = [b["mean"] for b in kinds]
-        panels[0].set_ylim(min(means) - 0.6, max(means) + 0.6)
-    panels[0].set_title("In windows of the trained length")
-    panels[0].set_xlabel("tokens of the window before a target (log scale)")
-    panels[1].set_title("In the document")
-    panels[1].set_xlabel("tokens of the document before a target (log scale)")
+        axes.set_title(PLACES[kind])
+        axes.set_xlabel(f"tokens of the {_TOKENS_OF[kind]} before a target (log scale)")
+    panels[0].set_ylim(min(means) - 0.6, max(means) + 0.6)
     panels[0].set_ylabel("loss (nats/token)")
-    note = (
-        "bins of powers of two;  bands: 95 %, seeds and windows or documents;  bins of fewer than 6 of these left out"
-    )
-    legend(figure, panels[0], note, any(arm["own"]["leaking"] for arm in arms))
+    bands = "bands: 95 %, seeds and windows or documents;  bins of fewer than 6 of these left out"
+    said = f"bins of powers of two;  {bands if any(sure.values()) else 'no bands: windows of one text'}"
+    legend(figure, panels[0], said, any(arm["own"]["leaking"] for arm in arms))
     return figure
+
+
+def _bins(axes: Axes, bins: Sequence[dict], style: Mapping[str, Any], label: str, sure: bool) -> None:
+    middle = [(b["from"] * (b["to"] + 1)) ** 0.5 for b in bins]
+    axes.plot(middle, [b["mean"] for b in bins], label=label, markeredgecolor="white", **style)
+    if sure:
+        edges = [[b[end] for b in bins] for end in ("low", "high")]
+        axes.fill_between(middle, *edges, color=style["color"], alpha=0.1, lw=0)
 
 
 def matrix_figure(analysis: dict[str, Any]) -> Figure:
@@ -137,5 +146,5 @@ def matrix_figure(analysis: dict[str, Any]) -> Figure:
     bar = figure.colorbar(image, ax=axes, pad=0.015)
     bar.set_label("loss (nats/token)")
     bar.outline.set_visible(False)
-    figure.supxlabel("*: beyond the trained length, the raw model", fontsize=9, color="#666666")
+    note(figure, "*: beyond the trained length, the raw model", any(arm["own"]["leaking"] for arm in arms))
     return figure

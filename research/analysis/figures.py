@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from research.analysis import context_figures
 from research.analysis.page import Picture
@@ -44,7 +44,8 @@ def _figures(analysis: dict[str, Any], styles: Styles) -> dict[str, Figure]:
     figures = {}
     if any(arm["setting"] == "independent" for arm in analysis["arms"]):
         figures["curves"] = context_figures.curves_figure(analysis, styles)
-        figures["places"] = context_figures.places_figure(analysis, styles)
+        if places := context_figures.places_figure(analysis, styles):
+            figures["places"] = places
         figures["matrix"] = context_figures.matrix_figure(analysis)
         figures["costs"] = costs_figure(analysis, styles)
     if analysis["budgets"]:
@@ -180,10 +181,12 @@ def costs_figure(analysis: dict[str, Any], styles: Styles) -> Figure:
     panels[1].set_xlim(0, 1.35 * max(arm["tokens_per_second"] for arm in arms))
     panels[2].set_xlim(0, 2.0 * (panels[2].get_xlim()[1] or 1))
     panels[1].xaxis.set_major_formatter(EngFormatter(sep=""))
+    figure.get_layout_engine().set(w_pad=0.14)  # the last label of a panel, and the first of the next
     titles = ("Step time", "seconds (median, p10 to p90)"), ("Throughput", "tokens/s"), ("Peak memory", "GB")
     for axes, (title, label) in zip(panels, titles, strict=True):
         axes.set_title(title)
         axes.set_xlabel(label)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.set_yticks(range(len(arms)), [name_of(arm) for arm in arms])
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)

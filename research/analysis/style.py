@@ -58,15 +58,18 @@ def styles_of(strategies: Sequence[str]) -> dict[str, dict[str, Any]]:
     return styles
 
 
-def legend(figure: Figure, axes: Axes, note: str, leaking: bool = False) -> None:
-    """Above the panels, so that it covers no line; below them what the marks mean, or a leak."""
+def legend(figure: Figure, axes: Axes, said: str, leaking: bool = False) -> None:
+    """Above the panels, so that it covers no line; below them what the marks mean, and a leak."""
     handles, labels = axes.get_legend_handles_labels()
     columns = 2 if len(labels) == 4 else 3
     figure.legend(handles, labels, loc="outside upper center", ncols=columns, handlelength=3.8)
-    color = "#666666"
-    if leaking:
-        note, color = "LEAKING: these losses measure memorisation.\n" + note, "#B03A00"
-    figure.supxlabel(note, fontsize=9, color=color)
+    note(figure, said, leaking)
+
+
+def note(figure: Figure, said: str, leaking: bool = False) -> None:
+    """Below the panels."""
+    warning = "LEAKING: these losses measure memorisation.\n" if leaking else ""
+    figure.supxlabel(warning + said, fontsize=9, color="#B03A00" if leaking else "#666666")
 
 
 def name_of(arm: dict[str, Any]) -> str:

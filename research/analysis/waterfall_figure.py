@@ -91,8 +91,9 @@ def _gaps(axes: Axes, stages: Sequence[Mapping[str, Any]]) -> None:
             style = {name: value for name, value in styles[strategy].items() if name != "linestyle"}
             if row["behind"] and row["behind"]["low"] is not None:
                 low, high = row["behind"]["low"], row["behind"]["high"]
-                axes.plot([x + shift] * 2, [low, high], color=style["color"], linewidth=1.6, zorder=2)
-            axes.plot(x + shift, gap, **style, linestyle="none", markersize=7.5, markeredgecolor="white", zorder=3)
+                ends = dict(marker="_", markersize=11, markeredgewidth=1.6)  # seen where the bar is behind the mark
+                axes.plot([x + shift] * 2, [low, high], color=style["color"], linewidth=1.6, zorder=4, **ends)
+            axes.plot(x + shift, gap, **style, linestyle="none", markersize=7, markeredgecolor="white", zorder=3)
     axes.axhline(0, color=FAINT, linewidth=1)
     axes.set_yscale("symlog", linthresh=0.05)
     ticks = [0, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5]
