@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from research.analysis import claims, comparison, figures, findings, study, tables
+from research.analysis import claims, comparison, context_figures, figures, findings, study, tables
+from research.analysis.style import styles_of
 from tests.fake_runs import MERITS, write_study
 
 
@@ -150,6 +151,31 @@ def test_leaking_losses_are_marked_and_have_floors(tmp_path):
     assert all("LEAKING" in row[3] and row[4] != "–" for row in ours)
     assert all("LEAKING" in cell for row in tables.main_table(found).rows for cell in row[3:] if cell != "–")
     assert all("LEAKING" in cell for row in tables.units_table(found).rows for cell in row[3:])
+
+
+def test_every_figure_of_leaking_losses_says_so(tmp_path):
+    changes = {name: dict(protocol="published") for name in MERITS}
+    keys = write_study(tmp_path, seeds=(42, 43), **changes)
+    found = comparison.analyse(study.collect(tmp_path, keys, {}))
+    made = figures._figures(found, styles_of(list(MERITS)))
+    assert {"curves", "places", "matrix", "budgets", "costs"} == set(made)
+    for name, figure in made.items():
+        below = figure.get_supxlabel()
+        assert below.startswith("LEAKING") == (name != "costs"), name
+
+
+def test_places_are_drawn_without_bands_where_windows_are_of_one_text():
+    found = analysed()
+    entries = [entry for entry in found["context"] if entry["setting"] == "independent"]
+    with_bands = context_figures.places_figure(found, styles_of(list(MERITS)))
+    assert [len(axes.collections) for axes in with_bands.axes] == [3, 3]
+    known = [
+        {**entry, "place": [], "window": [b | dict(low=None, high=None) for b in entry["window"]]} for entry in entries
+    ]
+    (alone,) = context_figures.places_figure(found | dict(context=known), styles_of(list(MERITS))).axes
+    assert len(alone.lines) == 3 and not alone.collections
+    nothing = found | dict(context=[entry | dict(place=[], window=[]) for entry in entries])
+    assert context_figures.places_figure(nothing, styles_of(list(MERITS))) is None
 
 
 def test_the_paragraph_says_what_the_numbers_say():
