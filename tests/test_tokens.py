@@ -12,15 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from huggingface_hub import constants
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer
 
 from configs import base
 from research.config import ConfigError
 from research.data import build, tokens
-from research.data.tokenizer import EOT, encode, eot_id, load_tokenizer, token_bytes
 from research.data.tokens import open_corpus, unigram_entropy
 
 WORDS = ("def", "return", "straße", "self.value", "  ", "\n", "日本", "0123", "<|endoftext|>", "x")
@@ -298,89 +294,6 @@ def test_manifest_says_what_the_corpus_is_without_the_machine(tmp_path):
     assert manifest["tokenizer"]["name"] == "bpe" and manifest["tokenizer"]["size"] <= 400
     assert set(manifest["files"]) == {p.name for p in cache_folder(config).iterdir()} - {"manifest.json"}
     assert corpus.train.dtype == np.uint16 and corpus.train_starts.dtype == np.int64
-
-
-# The tokenizer
-
-
-@pytest.fixture(scope="module")
-def trained() -> dict[str, Tokenizer]:
-    config = base.get_config("cpu")
-    config.model.vocab_size = 500
-    bpe = load_tokenizer(config, ["the <|endoftext|> of the straße 日本 the of"] * 9)
-    config.data.tokenizer = "bytes"
-    return {"bpe": bpe, "bytes": load_tokenizer(config, [])}
-
-
-@settings(max_examples=200, deadline=None)
-@given(texts=st.lists(st.text() | st.sampled_from(WORDS), max_size=5))
-@pytest.mark.parametrize("name", ["bpe", "bytes"])
-def test_bytes_of_a_texts_tokens_sum_to_its_bytes(trained, name, texts):
-    tokenizer = trained[name]
-    sizes_V = token_bytes(tokenizer)
-    for text, ids in zip(texts, encode(tokenizer, texts), strict=True):
-        assert sizes_V[ids].sum() == len(text.encode())
-        assert tokenizer.decode(ids.tolist(), skip_special_tokens=False) == text
-        assert eot_id(tokenizer) not in ids  # written out in a text it is text
-
-
-def test_end_of_text_is_0_and_stands_for_no_bytes(trained):
-    for tokenizer in trained.values():
-        assert tokenizer.token_to_id(EOT) == 0 and token_bytes(tokenizer)[0] == 0
-    assert len(token_bytes(trained["bytes"])) == 257
-    assert (token_bytes(trained["bytes"])[1:] == 1).all()
-
-
-def save_tokenizer(path: Path, vocabulary: dict[str, int], special: list[str]) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(special)
-    tokenizer.save(str(path))
-    return tokenizer
-
-
-def test_tokenizer_file_may_be_large_and_ask_for_truncation(tmp_path):
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: i for i, letter in enumerate(letters)}
-    vocabulary |= {a + b: 256 + i * 256 + j for i, a in enumerate(letters) for j, b in enumerate(letters)}
-    tokenizer = save_tokenizer(tmp_path / "tokenizer.json", vocabulary, [EOT])
-    tokenizer.enable_truncation(3)
-    tokenizer.enable_padding(length=9)
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    config = corpus_config(tmp_path, documents=20, tokenizer=str(tmp_path / "tokenizer.json"))
-    config.model.vocab_size = 256 + 65536 + 1
-    corpus = open_corpus(config)
-    assert corpus.train.dtype == np.uint32 and corpus.eot == 65792
-    assert corpus.train[corpus.train_starts[1] - 1] == 65792
-    counts = [corpus.manifest[split]["bytes"] for split in ("train", "heldout")]
-    assert sum(counts) == sum(path.stat().st_size for path in Path(config.data.path).iterdir())
-    tokenizer.add_special_tokens(["<more>"])  # another tokenizer at the same path is another corpus
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    assert "has 65794 tokens" in refuse(config)
-
-
-def test_bad_tokenizers_are_refused(tmp_path, monkeypatch):
-    def message(tokenizer: str, vocab_size: int = 400) -> str:
-        config = corpus_config(tmp_path, documents=20, tokenizer=tokenizer)
-        config.model.vocab_size = vocab_size
-        return refuse(config)
-
-    assert message("bpe", 256).startswith("config.model.vocab_size=256")
-    assert message("bytes", 256).startswith("config.model.vocab_size=256")
-    missing = str(tmp_path / "none.json")
-    assert message(missing).startswith(f"config.data.tokenizer='{missing}': cannot be read")
-    (tmp_path / "bad.json").write_text('{"version": "1.0"}')
-    assert "no tokenizer.json" in message(str(tmp_path / "bad.json"))
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    save_tokenizer(tmp_path / "eot.json", {letter: i for i, letter in enumerate(letters)}, ["<pad>"])
-    assert "no end-of-text token" in message(str(tmp_path / "eot.json"))
-    save_tokenizer(tmp_path / "word.json", {"▁a": 0, "b": 1}, [EOT])
-    assert "no byte-level BPE" in message(str(tmp_path / "word.json"))
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
-    refused = message("own/tokenizer")  # by the one question asked first, without retries
-    assert "not readable from the Hugging Face hub" in refused and "refused" in refused
-    assert "not readable from the Hugging Face hub" in message("a/b/c")
 
 
 # What else is refused, and the entropy

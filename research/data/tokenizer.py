@@ -19,6 +19,7 @@ from research.data import hub
 
 EOT = "<|endoftext|>"
 EOT_NAMES = (EOT, "<|end_of_text|>", "<|eot|>", "<eos>", "</s>")  # as published tokenizers call it
+PROBE = "".join(map(chr, (*range(0x1000), *range(0x1000, 0x110000, 0x1000))))  # every byte that UTF-8 has
 BATCH_DOCUMENTS = 256
 BATCH_CHARS = 4_000_000  # an encoding takes about a hundred times its text in memory
 
@@ -27,8 +28,8 @@ def load_tokenizer(config: Any, train_texts: Iterable[str]) -> Tokenizer:
     """The tokenizer that `config.data.tokenizer` names; only `bpe` reads `train_texts`.
 
     Special tokens written out in a text are encoded as the plain text that they are there.
-    Raises: ConfigError where it cannot be had, is not byte-level, or has more tokens than
-    `config.model.vocab_size`.
+    Raises: ConfigError where it cannot be had, is not byte-level, does not keep every byte of a text, or has more
+    tokens than `config.model.vocab_size`.
     """
     name, vocab_size = config.data.tokenizer, config.model.vocab_size
     if name == "bpe":
@@ -45,6 +46,7 @@ def load_tokenizer(config: Any, train_texts: Iterable[str]) -> Tokenizer:
     tokenizer.no_padding()
     _require_byte_level(tokenizer, name)
     eot_id(tokenizer, name)
+    _require_exact(tokenizer, name)
     _require_room(tokenizer_size(tokenizer), vocab_size)
     return tokenizer
 
@@ -156,13 +158,53 @@ def _from_hub(name: str) -> Tokenizer:
 
 
 def _require_byte_level(tokenizer: Tokenizer, name: str) -> None:
+    reason = _not_byte_level(tokenizer)
+    if reason:
+        raise ConfigError("config.data.tokenizer", name, reason)
+
+
+def _not_byte_level(tokenizer: Tokenizer) -> str:
+    """What in its description keeps a tokenizer from being byte-level BPE; empty where it is."""
     description = json.loads(tokenizer.to_str())
+    model, cuts = description["model"], json.dumps(description["pre_tokenizer"])
+    spelled = '"ByteLevel"' in cuts + json.dumps(description["normalizer"])
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    plain = set(tokenizer.get_vocab(with_added_tokens=False)) - added
-    spelled = '"ByteLevel"' in json.dumps([description["pre_tokenizer"], description["normalizer"]])
-    if description["model"]["type"] != "BPE" or not spelled or any(set(t) - alphabet for t in plain):
-        raise ConfigError("config.data.tokenizer", name, "it is no byte-level BPE; choose one that is")
+    known = set(tokenizer.get_vocab(with_added_tokens=False))
+    if model["type"] != "BPE" or not spelled or any(set(token) - alphabet for token in known - added):
+        return "it is no byte-level BPE; choose one that is"
+    for field in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+        if model[field]:
+            return f"its model has {field}={model[field]!r}; choose a byte-level BPE without"
+    if '"add_prefix_space": true' in cuts:
+        return "it puts a space before a text; set add_prefix_space of its pre_tokenizer to false"
+    if '"Removed"' in cuts:
+        return "its pre_tokenizer removes what it cuts at; choose a tokenizer that keeps all of a text"
+    ((needed, _),) = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(PROBE)
+    missing = set(needed) - known
+    if missing:
+        return f"it has no token for {len(missing)} of the bytes that texts are made of; choose one that has all"
+    return ""
+
+
+def _require_exact(tokenizer: Tokenizer, name: str) -> None:
+    """Raises: ConfigError where the bytes of a text's tokens do not sum to those that the normaliser keeps of it.
+
+    A text of all bytes, and each added token, are tried.
+    """
+    sizes_V, added = token_bytes(tokenizer), tokenizer.get_added_tokens_decoder()
+    eot, spelled = eot_id(tokenizer), '"ByteLevel"' in json.dumps(json.loads(tokenizer.to_str())["normalizer"])
+    if eot not in added or not added[eot].special:
+        message = f"a text can spell its end-of-text {tokenizer.id_to_token(eot)}; make that a special token"
+        raise ConfigError("config.data.tokenizer", name, message)
+    spellings = [token.content for token in added.values()]
+    for text in (PROBE, *spellings, *(f"a {spelling} b" for spelling in spellings)):
+        kept = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text
+        size = len(kept) if spelled else len(kept.encode())
+        counted = int(sizes_V[tokenizer.encode(text, add_special_tokens=False).ids].sum())
+        if counted != size:
+            message = f"its tokens of {text[:40]!r} stand for {counted} bytes, not {size}; choose one that is exact"
+            raise ConfigError("config.data.tokenizer", name, message)
 
 
 def _require_room(size: int, vocab_size: int) -> None:
