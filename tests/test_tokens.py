@@ -138,6 +138,32 @@ def test_copies_of_a_document_share_its_split(tmp_path):
     assert set((train + heldout).values()) == {2}
 
 
+EDITED = {
+    "line ends of Windows": lambda text: text.replace("\n", "\r\n"),
+    "white space at line ends": lambda text: text.replace("\n", " \t\n"),
+    "empty lines at the end": lambda text: text + "\n\n",
+    "a byte order mark": lambda text: "\ufeff" + text,
+}
+
+
+@pytest.mark.parametrize("how", EDITED)
+def test_a_document_that_differs_in_what_editors_add_is_a_copy(tmp_path, how):
+    (tmp_path / "text").mkdir()
+    texts = [f"zero\none\n\n  two {i}\n" for i in range(20)]
+    for i, text in enumerate(texts):
+        (tmp_path / "text" / f"{i:02d}.txt").write_bytes(text.encode())
+        (tmp_path / "text" / f"{i:02d}-copy.txt").write_bytes(EDITED[how](text).encode())
+    found = {document.id: (document.text, split) for document, split in build._split(corpus_config(tmp_path, 0))}
+    for i, text in enumerate(texts):
+        (one, split), (other, others_split) = found[f"{i:02d}.txt"], found[f"{i:02d}-copy.txt"]
+        assert (one, other, others_split) == (text, EDITED[how](text), split)
+    assert len({split for _, split in found.values()}) == 2
+
+
+def test_a_document_that_differs_within_a_line_is_no_copy(tmp_path):
+    assert len({build._plain(text) for text in ("a b", "a  b", " a b", "a\nb", "a\n\nb", "ab")}) == 6
+
+
 def test_max_tokens_cuts_the_train_split_only(tmp_path):
     whole = open_corpus(corpus_config(tmp_path, tokenizer="bytes"))
     cut = open_corpus(corpus_config(tmp_path, tokenizer="bytes", max_tokens=1000))

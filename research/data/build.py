@@ -17,7 +17,7 @@ from research.data import tokenizer as bpe
 from research.data.corpora import Document, documents, source_files
 from research.data.overlap import overlap
 
-FORMAT = 2  # of the folder; raise it when the same config builds other files
+FORMAT = 3  # of the folder; raise it when the same config builds other files
 CHUNK = 1 << 24  # tokens counted at once
 LOG_EVERY = 10  # seconds
 log = logging.getLogger(__name__)
@@ -85,14 +85,19 @@ def fingerprint(manifest: dict[str, Any]) -> str:
 def _split(config: Any) -> Iterator[tuple[Document, str]]:
     """Each document with its split, `train` or `heldout`; under `published` all are `train`.
 
-    A copy of an earlier document goes where that one went: else whole documents would leak.
+    A copy of an earlier document goes where that one went: else whole documents would leak. One that differs in line
+    ends, white space at their ends or a byte order mark is a copy too; its text stays as it is.
     """
     fraction = config.data.heldout_fraction if config.data.protocol == "clean" else 0.0
     seen: dict[bytes, str] = {}
     for document in documents(config.data):
         drawn = int.from_bytes(_blake2b(f"{config.data.split_seed}\0{document.id}")) / 2**64
         split = "heldout" if drawn < fraction else "train"
-        yield document, seen.setdefault(_blake2b(document.text, size=16), split)
+        yield document, seen.setdefault(_blake2b(_plain(document.text), size=16), split)
+
+
+def _plain(text: str) -> str:
+    return "\n".join(line.rstrip() for line in text.removeprefix("\ufeff").splitlines()).rstrip()
 
 
 def _blake2b(text: str, size: int = 8) -> bytes:
