@@ -1,6 +1,7 @@
 """Byte-level BPE: the bytes of a text's tokens sum to the text's, or the tokenizer is refused."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -197,3 +198,31 @@ def test_bad_tokenizers_are_refused(tmp_path, monkeypatch):
     refused = message("own/tokenizer")  # by the one question asked first, without retries
     assert "not readable from the Hugging Face hub" in refused and "refused" in refused
     assert "not readable from the Hugging Face hub" in message("a/b/c")
+
+
+def test_a_tokenizer_file_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    def message(name: str) -> str:
+        return refuse(corpus_config(tmp_path, documents=20, tokenizer=str(tmp_path / name)))
+
+    said = "': cannot be read: "
+    (tmp_path / "folder").mkdir()
+    assert said in message("folder") and "No such file" in message("folder")
+    (tmp_path / "folder" / "tokenizer.json").symlink_to("nowhere")
+    assert said in message("folder")
+    (tmp_path / "link.json").symlink_to("nowhere")
+    assert said in message("link.json")
+    os.mkfifo(tmp_path / "pipe")
+    assert said in message("pipe")
+    assert said in message("n" * 300)
+    real = Path.open
+
+    def locked(path, *arguments, **fields):
+        if path.name == "locked.json":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *arguments, **fields)
+
+    (tmp_path / "locked.json").touch()
+    monkeypatch.setattr(Path, "open", locked)
+    assert f"{said}[Errno 13] Permission denied" in message("locked.json")
+    (tmp_path / "new.json").write_text('{"version": "1\\n0"}')
+    assert "no tokenizer.json: " in message("new.json")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, normalizers
 
 from configs import base
 from research.config import ConfigError
@@ -60,6 +60,9 @@ def test_what_killed_builds_left_is_removed_and_builds_at_work_are_not(tmp_path)
         (folder / "new").mkdir(parents=True)
         (folder / "lock").touch()
         os.utime(folder, (1e9, 1e9))
+    discarded = cache.with_name(f".{cache.name}-discarded")  # by a process that held no lock
+    (discarded / "damaged").mkdir(parents=True)
+    os.utime(discarded, (1e9, 1e9))
     begins = cache.with_name(f".{cache.name}-begins")  # its process does not hold the lock yet
     begins.mkdir()
     (begins / "lock").touch()
@@ -227,6 +230,57 @@ def test_cache_follows_a_source_file_whose_size_and_time_stay(tmp_path):
     assert open_corpus(config).fingerprint != before.fingerprint
 
 
+@pytest.mark.parametrize("field", ["eot", "overlap", "train", "fingerprint", "protocol", "sha256"])
+def test_a_cache_whose_manifest_says_something_else_is_rebuilt(tmp_path, caplog, field):
+    config = corpus_config(tmp_path, documents=20, tokenizer="bytes")
+    good = open_corpus(config).manifest
+    path = cache_folder(config) / "manifest.json"
+    path.write_text(json.dumps(good | {field: good["heldout"]}))
+    assert open_corpus(config).manifest == good and "is damaged and rebuilt" in caplog.text
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", ["text/007.txt", "text/new.txt", "tokenizer.json"])
+def test_files_that_change_while_they_are_read_are_refused_and_nothing_is_kept(tmp_path, monkeypatch, name, when):
+    config = corpus_config(tmp_path, tokenizer="bytes")
+    open_corpus(config)
+    shutil.copy(cache_folder(config) / "tokenizer.json", tmp_path)
+    shutil.rmtree(config.data.cache_dir)
+    config.data.tokenizer = str(tmp_path / "tokenizer.json")
+    real = build.build
+
+    def edited(folder, config):
+        if when == "after":
+            real(folder, config)
+        with open(tmp_path / name, "a") as file:
+            file.write(" \n")
+        if when == "before":
+            real(folder, config)
+
+    monkeypatch.setattr(tokens, "build", edited)
+    assert "changed while they were read; run again" in refuse(config)
+    assert not list(Path(config.data.cache_dir).iterdir())
+    monkeypatch.setattr(tokens, "build", real)
+    assert open_corpus(config).train.size
+
+
+def test_each_file_is_in_the_key_by_name_and_contents_and_so_is_the_field_of_the_text(tmp_path):
+    config = corpus_config(tmp_path, tokenizer=str(tmp_path))
+    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer.write_text("{}")
+    keys = [tokens._cache_key(config)]
+    (tmp_path / "text" / "007.txt").rename(tmp_path / "text" / "007a.txt")  # another id, maybe in the other split
+    keys.append(tokens._cache_key(config))
+    tokenizer.write_text("[]")  # of a folder that is named
+    keys.append(tokens._cache_key(config))
+    config.data.tokenizer = str(tokenizer)
+    tokenizer.write_text("()")
+    keys.append(tokens._cache_key(config))
+    config.data.text_field = "body"
+    keys.append(tokens._cache_key(config))
+    assert len(set(keys)) == 5
+
+
 def test_everything_that_determines_the_corpus_is_in_the_key(tmp_path):
     changes = dict(
         protocol="published", max_documents=50, max_document_chars=20, max_tokens=500,
@@ -320,6 +374,21 @@ def test_manifest_says_what_the_corpus_is_without_the_machine(tmp_path):
     assert manifest["tokenizer"]["name"] == "bpe" and manifest["tokenizer"]["size"] <= 400
     assert set(manifest["files"]) == {p.name for p in cache_folder(config).iterdir()} - {"manifest.json"}
     assert corpus.train.dtype == np.uint16 and corpus.train_starts.dtype == np.int64
+
+
+def test_documents_that_a_normaliser_changes_are_counted_and_their_bytes_are_those_it_keeps(tmp_path, caplog):
+    config = corpus_config(tmp_path, documents=20, tokenizer="bytes")
+    open_corpus(config)
+    tokenizer = Tokenizer.from_file(str(cache_folder(config) / "tokenizer.json"))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    for i in range(3):
+        (tmp_path / "text" / f"{i:03d}.txt").write_text("e\u0301 " * 40 + str(i))
+    config.data.tokenizer = str(tmp_path / "tokenizer.json")
+    assert "documents are changed" not in caplog.text
+    counts = [open_corpus(config).manifest[split]["bytes"] for split in ("train", "heldout")]
+    assert "3 documents are changed by the tokenizer's normaliser" in caplog.text
+    assert sum(counts) == sum(path.stat().st_size for path in Path(config.data.path).iterdir()) - 3 * 40
 
 
 # What else is refused, and the entropy

@@ -54,6 +54,7 @@ def build(folder: Path, config: Any) -> None:
         "files": files,
     }
     manifest["fingerprint"] = fingerprint(manifest)
+    manifest["sha256"] = checksum(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
@@ -80,6 +81,12 @@ def fingerprint(manifest: dict[str, Any]) -> str:
     contents = {name: file["sha256"] for name, file in manifest["files"].items()}
     split = [manifest[name] for name in ("protocol", "split_seed", "heldout_fraction", "eot")]
     return hashlib.sha256(json.dumps([contents, split], sort_keys=True).encode()).hexdigest()
+
+
+def checksum(manifest: dict[str, Any]) -> str:
+    """sha256 of a manifest but for its own `sha256`."""
+    fields = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def _split(config: Any) -> Iterator[tuple[Document, str]]:

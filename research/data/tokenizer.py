@@ -37,10 +37,9 @@ def load_tokenizer(config: Any, train_texts: Iterable[str]) -> Tokenizer:
         tokenizer = _train(train_texts, vocab_size)
     elif name == "bytes":
         tokenizer = _plain_bytes()
-    elif Path(os.path.expanduser(name)).exists() or name.endswith(".json"):
-        tokenizer = _from_file(name)
     else:
-        tokenizer = _from_hub(name)
+        path = named_file(name)
+        tokenizer = _from_file(name, path) if path else _from_hub(name)
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()  # a file can ask for both
     tokenizer.no_padding()
@@ -49,6 +48,26 @@ def load_tokenizer(config: Any, train_texts: Iterable[str]) -> Tokenizer:
     _require_exact(tokenizer, name)
     _require_room(tokenizer_size(tokenizer), vocab_size)
     return tokenizer
+
+
+def named_file(name: str) -> Path | None:
+    """The tokenizer.json that `config.data.tokenizer` names, itself or by its folder; None for other tokenizers.
+
+    Raises: ConfigError where it cannot be read.
+    """
+    if name in ("bpe", "bytes"):
+        return None
+    path = Path(os.path.expanduser(name))
+    try:
+        if not path.exists() and not name.endswith(".json"):
+            return None
+        path = path / "tokenizer.json" if path.is_dir() else path
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise OSError("it is no file")
+        path.open("rb").close()
+    except OSError as error:
+        raise _unreadable(name, error) from error
+    return path
 
 
 def tokenizer_size(tokenizer: Tokenizer) -> int:
@@ -127,15 +146,17 @@ def _plain_bytes() -> Tokenizer:
     return tokenizer
 
 
-def _from_file(name: str) -> Tokenizer:
-    path = Path(os.path.expanduser(name))
-    path = path / "tokenizer.json" if path.is_dir() else path
+def _from_file(name: str, path: Path) -> Tokenizer:
     try:
         return Tokenizer.from_str(path.read_bytes().decode())
     except OSError as error:
-        raise ConfigError("config.data.tokenizer", name, f"cannot be read: {error}") from error
+        raise _unreadable(name, error) from error
     except Exception as error:  # the library raises bare Exception for bad content
-        raise ConfigError("config.data.tokenizer", name, f"no tokenizer.json: {error}") from error
+        raise ConfigError("config.data.tokenizer", name, f"no tokenizer.json: {hub.one_line(error)}") from error
+
+
+def _unreadable(name: str, error: OSError) -> ConfigError:
+    return ConfigError("config.data.tokenizer", name, f"cannot be read: {error}; give a tokenizer.json or its folder")
 
 
 def _from_hub(name: str) -> Tokenizer:

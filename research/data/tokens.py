@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 
 from research.config import ConfigError
-from research.data.build import FORMAT, build, fingerprint, sha256, token_counts
+from research.data.build import FORMAT, build, checksum, sha256, token_counts
 from research.data.corpora import source_files
+from research.data.tokenizer import named_file
 
 PROTOCOLS = ("clean", "published")
 ATTEMPTS = 4  # each process that replaces a damaged cache meanwhile may cost one
@@ -129,10 +130,8 @@ def _cache_key(config: Any) -> str:
         described["files"] = [(name, sha256(path)) for name, path in source_files(data)]
     except OSError as error:
         raise ConfigError("config.data.path", data.path, f"cannot be read: {error}") from error
-    tokenizer = Path(os.path.expanduser(data.tokenizer))
-    if tokenizer.is_dir():
-        tokenizer = tokenizer / "tokenizer.json"
-    if tokenizer.is_file():
+    tokenizer = named_file(data.tokenizer)
+    if tokenizer:
         described["tokenizer_file"] = sha256(tokenizer)
     return hashlib.blake2b(json.dumps(described).encode(), digest_size=16).hexdigest()
 
@@ -144,8 +143,8 @@ def _load(folder: Path) -> Corpus:
         path = folder / name
         if path.stat().st_size != file["bytes"] or sha256(path) != file["sha256"]:
             raise ValueError(f"{name} is not what the manifest says")
-    if manifest["fingerprint"] != fingerprint(manifest):
-        raise ValueError("the fingerprint is not that of the files")
+    if manifest["sha256"] != checksum(manifest):
+        raise ValueError("manifest.json is not what was written")
 
     def array(name: str) -> np.ndarray:
         # a plain view of the mapped file: indexing the memmap class itself is slow
@@ -172,6 +171,9 @@ def _build_into(folder: Path, config: Any) -> None:
         _sweep(folder)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside, _lock(Path(beside)):
             build(Path(beside, "new"), config)
+            if _cache_key(config) != folder.name:
+                message = "its files, or the tokenizer's, changed while they were read; run again"
+                raise ConfigError("config.data.path", config.data.path, message)
             try:
                 os.replace(Path(beside, "new"), folder)
             except OSError:  # a folder that is not empty is not replaced
@@ -187,14 +189,14 @@ def _sweep(folder: Path) -> None:
         with contextlib.suppress(OSError):
             if time.time() - left.stat().st_mtime < YOUNG:
                 continue
-            with _lock(left, made=False):  # whoever holds it is at work
+            with _lock(left):  # whoever holds it is at work
                 shutil.rmtree(left, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _lock(beside: Path, made: bool = True) -> Iterator[None]:
-    """Holds a folder for this process. Raises: OSError where another holds it, or, not `made` here, none ever did."""
-    with open(beside / "lock", "w" if made else "r+") as lock:
+def _lock(beside: Path) -> Iterator[None]:
+    """Holds a folder for this process. Raises: OSError where another holds it."""
+    with open(beside / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
 
