@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -85,6 +86,9 @@ def test_limits_hold_for_every_source(tmp_path):
     assert refuse("text", tmp_path, max_documents=-1).startswith("config.data.max_documents=-1")
 
 
+DAMAGED = bytearray(gzip.compress(b'{"text":"b"}' * 99))
+DAMAGED[10] ^= 255  # of the compressed bytes
+
 BAD_FILES = {
     "not UTF-8": ("text", "a.txt", "é abc".encode() + b"\xff", ["a.txt", "byte 6 "]),
     "not UTF-8, line 2": ("jsonl", "a.jsonl", b'{"text":"b"}\n\xe9', ["a.jsonl", "byte 13 "]),
@@ -95,7 +99,18 @@ BAD_FILES = {
         b'{"text":"b"}\n{"body":"c"}',
         ["config.data.text_field", "line 2"],
     ),
-    "text is null": ("jsonl", "a.jsonl", b'{"text":null}', ["config.data.text_field", "line 1"]),
+    "text is null": ("jsonl", "a.jsonl", b'{"text":null}', ["config.data.text_field", "line 1 holds null, not text"]),
+    "text is a list": ("jsonl", "a.jsonl", b'{"text":["a"]}', ["config.data.text_field", "line 1 holds list"]),
+    "too deep": ("jsonl", "a.jsonl", b'{"text":' + b"[" * 100_000, ["a.jsonl line 1 is not JSON"]),
+    "damaged gzip": ("jsonl", "a.jsonl.gz", DAMAGED, ["a.jsonl.gz cannot be read", "while decompressing"]),
+    "a column's name of two lines": ("jsonl", "a.jsonl", b'{"a\\nb":1}', ["line 1 has no such text; it has a\\nb"]),
+    "many columns": (
+        "jsonl",
+        "a.jsonl",
+        json.dumps({f"c{i}": i for i in range(500)}).encode(),
+        ["it has c0, c1, c2, c3, c4, c5, c6, c7, c8, c9 and 490 more"],
+    ),
+    "a file's name of two lines": ("text", "a\nb.txt", b"\xff", ["a\\nb.txt: byte 0"]),
     "no object": ("jsonl", "a.jsonl", b"[1]", ["config.data.text_field", "line 1"]),
     "half a pair": ("jsonl", "a.jsonl", b'{"text":"a\\ud800"}', ["a.jsonl:1", "character 1 "]),
     "long number": ("jsonl", "a.jsonl", b'{"text":"b","n":' + b"1" * 5000 + b"}", ["a.jsonl line 1 is not JSON"]),
@@ -115,7 +130,30 @@ def test_bad_file_is_named(tmp_path, name):
         assert part in message
 
 
+def test_a_null_or_text_that_is_not_utf8_in_a_parquet_file_is_named_by_its_row(tmp_path):
+    parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "t.parquet")
+    assert "t.parquet row 2 holds null, not text" in refuse("parquet", tmp_path)
+    raw = pyarrow.array([b"a", b"bc\xff"], pyarrow.binary())
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 2, raw.buffers())
+    parquet.write_table(pyarrow.table({"text": text}), tmp_path / "t.parquet")
+    assert "t.parquet row 2: byte 2 of the text is not UTF-8" in refuse("parquet", tmp_path)
+    parquet.write_table(pyarrow.table({f"c{i}": [i] for i in range(12)}), tmp_path / "t.parquet")
+    assert refuse("parquet", tmp_path).endswith("c8, c9 and 2 more")
+
+
+def test_an_error_of_many_lines_becomes_one(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("Couldn't deserialize thrift:\n  No more data")
+
+    (tmp_path / "t.parquet").touch()
+    monkeypatch.setattr(parquet, "ParquetFile", fail)
+    assert "t.parquet cannot be read: Couldn't deserialize thrift: No more data" in refuse("parquet", tmp_path)
+
+
 def test_bad_path_is_named(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert "it is neither a file nor a folder" in refuse("text", tmp_path / "pipe")
+    (tmp_path / "pipe").unlink()
     assert refuse("text", tmp_path / "x").startswith(f"config.data.path='{tmp_path}/x': no such file")
     assert "no such file" in refuse("jsonl", "")
     assert "no .jsonl, .jsonl.gz files" in refuse("jsonl", tmp_path)
@@ -150,7 +188,10 @@ def test_hub_source(fake_datasets):
     assert read("hf", "own/set/conf") == {"own/set/conf:0": "a", "own/set/conf:1": "b"}
     fake_datasets(ROWS.format(name=None))
     assert read("hf", "own/set", max_documents=1) == {"own/set:0": "a"}
-    assert "row 0 has no such text; it has text, id" in refuse("hf", "own/set", text_field="id")
+    assert "row 0 holds int, not text" in refuse("hf", "own/set", text_field="id")
+    assert "row 0 has no such text; it has text, id" in refuse("hf", "own/set", text_field="body")
+    fake_datasets(ROWS.format(name=None).replace('"b"', "None"))
+    assert "row 1 holds null, not text" in refuse("hf", "own/set")
     assert "owner/name" in refuse("hf", "set")
 
 

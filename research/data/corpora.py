@@ -87,6 +87,8 @@ def source_files(data_config: Any) -> list[tuple[str, Path]]:
         )
     if root.is_file():
         return [(root.name, root)]
+    if not root.is_dir():  # a pipe would be waited for
+        raise _bad_path(data_config, "it is neither a file nor a folder; write what it gives into a file")
     found = _walk(root, data_config)
     if not found:
         raise _bad_path(data_config, f"no {', '.join(EXTENSIONS[source])} files in this folder")
@@ -106,7 +108,7 @@ def _read(data_config: Any) -> Iterator[Document]:
             else:
                 yield Document(name, _decode(path.read_bytes(), 0, name, data_config))
         except (OSError, EOFError, zlib.error) as error:
-            raise _bad_path(data_config, f"{name} cannot be read: {error}") from error
+            raise _bad_path(data_config, f"{name} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def _read_jsonl(name: str, path: Path, data_config: Any) -> Iterator[Document]:
@@ -122,9 +124,10 @@ def _read_jsonl(name: str, path: Path, data_config: Any) -> Iterator[Document]:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise _bad_path(data_config, f"{name} line {number} is not JSON: {error}") from error
-            if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                has = f"it has {', '.join(row)}" if isinstance(row, dict) else "it is no object"
-                raise ConfigError("config.data.text_field", field, f"{name} line {number} has no such text; {has}")
+            if not isinstance(row, dict):
+                raise _bad_field(data_config, f"{name} line {number} has no such text; it is no object")
+            if not isinstance(row.get(field), str):
+                raise _bad_field(data_config, f"{name} line {number} {hub.instead(row, field)}")
             yield Document(f"{name}:{number}", row[field])
 
 
@@ -137,15 +140,14 @@ def _read_parquet(name: str, path: Path, data_config: Any) -> Iterator[Document]
     try:
         with parquet.ParquetFile(path) as table:
             if field not in table.schema_arrow.names:
-                has = ", ".join(table.schema_arrow.names)
-                raise ConfigError("config.data.text_field", field, f"{name} has no such column; it has {has}")
+                has = hub.instead(dict.fromkeys(table.schema_arrow.names), field)
+                raise _bad_field(data_config, f"{name} {has}")
             for batch in table.iter_batches(batch_size=1024, columns=[field]):
                 for value in batch.column(0):
                     number += 1
                     text = value.as_py()
                     if not isinstance(text, str):
-                        message = f"{name} row {number} holds {type(text).__name__}, not text"
-                        raise ConfigError("config.data.text_field", field, message)
+                        raise _bad_field(data_config, f"{name} row {number} {hub.instead({field: text}, field)}")
                     yield Document(f"{name}:{number}", text)
     except pyarrow.ArrowException as error:
         raise _bad_path(data_config, f"{name} is not Parquet: {hub.one_line(error)}") from error
@@ -165,8 +167,7 @@ def _read_hub(data_config: Any) -> Iterator[Document]:
         with contextlib.closing(hub.rows(repository, config, field)) as rows:
             for number, row in enumerate(rows):
                 if "text" not in row:
-                    has = f"row {number} has no such text; it has {', '.join(row['columns'])}"
-                    raise ConfigError("config.data.text_field", field, has)
+                    raise _bad_field(data_config, f"row {number} {row['instead']}")
                 yield Document(f"{data_config.path}:{number}", row["text"])
     except hub.HubError as error:
         message = f"not readable from the Hugging Face hub ({error}); use a local copy"
@@ -218,4 +219,13 @@ def _require_unicode(document: Document, data_config: Any) -> None:
 
 
 def _bad_path(data_config: Any, message: str) -> ConfigError:
-    return ConfigError("config.data.path", data_config.path, message)
+    return ConfigError("config.data.path", data_config.path, _printable(message))
+
+
+def _bad_field(data_config: Any, message: str) -> ConfigError:
+    return ConfigError("config.data.text_field", data_config.text_field, _printable(message))
+
+
+def _printable(message: str) -> str:
+    """One line: a file's or a column's name may hold line ends."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in message)

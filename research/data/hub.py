@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 TIMEOUT = 10  # seconds until the hub counts as unreachable
+LISTED = 10  # columns that an error names
 ROOT = Path(__file__).parents[2]
 
 
@@ -22,7 +23,7 @@ class HubError(Exception):
 
 
 def rows(repository: str, config: str, text_field: str) -> Iterator[dict]:
-    """The rows of a data set's train split in order: {"text": ...}, or {"columns": [...]} where one has no such text.
+    """The rows of a data set's train split in order: {"text": ...}, or {"instead": what one has} where it is no text.
 
     An empty `config` is the only one there is.
     Raises: HubError where the hub or its clients refuse, or the reader dies.
@@ -58,6 +59,16 @@ def one_line(error: Exception) -> str:
     return textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
 
 
+def instead(row: dict, field: str) -> str:
+    """What a row has that has no text in a field."""
+    if field in row:
+        kind = "null" if row[field] is None else type(row[field]).__name__
+        return f"holds {kind}, not text; make a copy without such rows"
+    names = [str(name) for name in row]
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return f"has no such text; it has {', '.join(names[:LISTED])}{more}"
+
+
 def main(repository: str, config: str, text_field: str) -> None:
     """Writes each row, or what went wrong, as a line of JSON to stdout."""
     threading.Thread(target=_end_with_stdin, daemon=True).start()
@@ -65,7 +76,8 @@ def main(repository: str, config: str, text_field: str) -> None:
     try:
         for row in _stream(repository, config or None):
             text = row.get(text_field)
-            print(json.dumps({"text": text} if isinstance(text, str) else {"columns": list(row)}), file=out)
+            message = {"text": text} if isinstance(text, str) else {"instead": instead(row, text_field)}
+            print(json.dumps(message), file=out)
         last = {"end": True}
     except ImportError as error:
         last = {"error": f"{one_line(error)}; pip install datasets"}
