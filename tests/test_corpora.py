@@ -189,7 +189,7 @@ def test_hub_source(fake_datasets):
     fake_datasets(ROWS.format(name=None))
     assert read("hf", "own/set", max_documents=1) == {"own/set:0": "a"}
     assert "row 0 holds int, not text" in refuse("hf", "own/set", text_field="id")
-    assert "row 0 has no such text; it has text, id" in refuse("hf", "own/set", text_field="body")
+    assert refuse("hf", "own/set", text_field="body").endswith("row 0 has no such text; it has text, id")
     fake_datasets(ROWS.format(name=None).replace('"b"', "None"))
     assert "row 1 holds null, not text" in refuse("hf", "own/set")
     assert "owner/name" in refuse("hf", "set")
