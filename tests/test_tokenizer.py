@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from configs import base
 from research.config import ConfigError
-from research.data.tokenizer import EOT, encode, eot_id, load_tokenizer, token_bytes
+from research.data.tokenizer import EOT, LONGEST, _bounded, encode, eot_id, load_tokenizer, token_bytes
 from research.data.tokens import open_corpus
 from tests.test_tokens import WORDS, corpus_config, refuse
 
@@ -37,6 +37,17 @@ def test_bytes_of_a_texts_tokens_sum_to_its_bytes(trained, name, texts):
         assert sizes_V[ids].sum() == len(text.encode())
         assert tokenizer.decode(ids.tolist(), skip_special_tokens=False) == text
         assert eot_id(tokenizer) not in ids  # written out in a text it is text
+
+
+@pytest.mark.parametrize("letter", ["a", " ", "日"])
+def test_a_tokenizer_is_trained_on_words_of_bounded_length(letter):
+    config = base.get_config("cpu")
+    config.model.vocab_size = 400
+    learnt = load_tokenizer(config, [letter * 20_000])
+    assert 500 < token_bytes(learnt).max() <= LONGEST * len(letter.encode())  # powers of two of bytes: 512 or more
+    rest = f"{'x' * (LONGEST - 1)}  {letter * (2 * LONGEST + 5)}\n y"
+    pieces = list(_bounded(["a b", "", rest]))
+    assert "".join(pieces) == f"a b{rest}" and pieces[:2] == ["a b", ""] and len(pieces) == 5
 
 
 def test_end_of_text_is_0_and_stands_for_no_bytes(trained):

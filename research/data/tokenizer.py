@@ -5,8 +5,10 @@ be encoded and the bytes that a token stands for can be counted: losses in bits 
 across tokenizers.
 """
 
+import itertools
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from research.config import ConfigError
 from research.data import hub
 
 EOT = "<|endoftext|>"
+LONGEST = 1000  # characters of a word that a tokenizer is trained on
 EOT_NAMES = (EOT, "<|end_of_text|>", "<|eot|>", "<eos>", "</s>")  # as published tokenizers call it
 PROBE = "".join(map(chr, (*range(0x1000), *range(0x1000, 0x110000, 0x1000))))  # every byte that UTF-8 has
 BATCH_DOCUMENTS = 256
@@ -133,8 +136,19 @@ def _train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(_bounded(texts), trainer)
     return tokenizer
+
+
+def _bounded(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, cut after each LONGEST characters without white space, or of it.
+
+    The trainer's time grows with the square of a word: minutes for a megabyte of letters.
+    """
+    for text in texts:
+        runs = re.finditer(rf"\S{{1,{LONGEST}}}|\s{{1,{LONGEST}}}", text)
+        cuts = [0, *(run.end() for run in runs if run.end() - run.start() == LONGEST), len(text)]
+        yield from (text[start:end] for start, end in itertools.pairwise(cuts))
 
 
 def _plain_bytes() -> Tokenizer:
