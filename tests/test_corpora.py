@@ -15,6 +15,7 @@ from pyarrow import parquet
 
 from configs import base
 from research.config import ConfigError
+from research.data import hub
 from research.data.corpora import documents, source_files
 
 
@@ -174,10 +175,11 @@ def fake_datasets(tmp_path, monkeypatch):
 
 ROWS = """
     from huggingface_hub import HfApi
-    HfApi.dataset_info = lambda *_, **__: None
+    from types import SimpleNamespace
+    HfApi.dataset_info = lambda *_, **__: SimpleNamespace(sha="c0ffee")
 
-    def load_dataset(repository, *, name, split, streaming):
-        assert (repository, name, split, streaming) == ("own/set", {name}, "train", True)
+    def load_dataset(repository, *, name, revision, split, streaming):
+        assert (repository, name, revision, split, streaming) == ("own/set", {name}, "c0ffee", "train", True)
         print("no row of the data set")
         yield from [dict(text="a", id=1), dict(text="b", id=2)]
 """
@@ -195,6 +197,29 @@ def test_hub_source(fake_datasets):
     assert "owner/name" in refuse("hf", "set")
 
 
+MOVES = """
+    from types import SimpleNamespace
+    from huggingface_hub import HfApi
+    HfApi.dataset_info = lambda *_, revision, **__: SimpleNamespace(sha=revision or "{newest}")
+
+    def load_dataset(repository, *, revision, **_):
+        yield dict(text=repository + " at " + revision)
+"""
+
+
+def test_a_process_reads_one_commit_of_a_data_set_and_the_one_that_is_pinned(fake_datasets, monkeypatch):
+    monkeypatch.setattr(hub, "COMMITS", {})
+    fake_datasets(MOVES.format(newest="one"))
+    assert read("hf", "own/set") == {"own/set:0": "own/set at one"}
+    fake_datasets(MOVES.format(newest="two"))
+    assert read("hf", "own/set") == {"own/set:0": "own/set at one"}  # a tokenizer was trained on it, say
+    assert read("hf", "own/set/conf@a/b") == {"own/set/conf:0": "own/set at a/b"}
+    assert hub.COMMITS == {"datasets/own/set": "one", "datasets/own/set/conf@a/b": "a/b"}
+    assert "no revision follows its @" in refuse("hf", "own/set@")
+    hub.COMMITS.clear()
+    assert read("hf", "own/set") == {"own/set:0": "own/set at two"}
+
+
 def test_hub_without_its_package(fake_datasets):
     fake_datasets("raise ImportError('No module named datasets')")  # as where it is not installed
     assert "pip install datasets" in refuse("hf", "own/set")
@@ -208,7 +233,7 @@ def test_a_reader_of_the_hub_that_dies_is_said(fake_datasets, last):
 
 def test_a_reader_of_the_hub_ends_with_who_asked(fake_datasets):
     fake_datasets("import sys, time; print('begun', file=sys.stderr, flush=True); time.sleep(600)")
-    code = "from research.data import hub; next(hub.rows('own/set', '', 'text'))"
+    code = "from research.data import hub; next(hub.rows('own/set', 'text'))"
     root = Path(__file__).parents[1]
     asks = subprocess.Popen([sys.executable, "-c", code], cwd=root, stderr=subprocess.PIPE, text=True)
     assert asks.stderr.readline() == "begun\n"

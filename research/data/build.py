@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from research.config import ConfigError
 from research.data import tokenizer as bpe
 from research.data.corpora import Document, documents, source_files
+from research.data.hub import COMMITS
 from research.data.overlap import overlap
 
 FORMAT = 3  # of the folder; raise it when the same config builds other files
@@ -38,6 +39,7 @@ def build(folder: Path, config: Any) -> None:
         "format": FORMAT,
         "source": data.source,
         "path": data.path,
+        "commit": COMMITS.get(f"datasets/{data.path}") if data.source == "hf" else None,
         "source_files": len(source_files(data)),
         "protocol": data.protocol,
         "split_seed": config.data.split_seed,
@@ -47,6 +49,7 @@ def build(folder: Path, config: Any) -> None:
         "overlap": _overlap(folder) if data.protocol == "clean" else None,  # of one array with itself it is all
         "tokenizer": {
             "name": data.tokenizer,
+            "commit": COMMITS.get(f"models/{data.tokenizer}"),
             "size": len(sizes_V),
             "sha256": files["tokenizer.json"]["sha256"],
         },

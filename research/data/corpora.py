@@ -158,17 +158,13 @@ def _read_parquet(name: str, path: Path, data_config: Any) -> Iterator[Document]
 
 def _read_hub(data_config: Any) -> Iterator[Document]:
     """Rows of a Hugging Face data set's train split, streamed."""
-    parts = data_config.path.split("/")
-    if len(parts) not in (2, 3) or not all(parts):
-        raise _bad_path(data_config, "name a data set of the Hugging Face hub: owner/name or owner/name/config")
-    repository, config = "/".join(parts[:2]), "".join(parts[2:])
-    field = data_config.text_field
+    name = data_config.path.partition("@")[0]  # pinned or not, documents have the same ids
     try:
-        with contextlib.closing(hub.rows(repository, config, field)) as rows:
+        with contextlib.closing(hub.rows(data_config.path, data_config.text_field)) as rows:
             for number, row in enumerate(rows):
                 if "text" not in row:
                     raise _bad_field(data_config, f"row {number} {row['instead']}")
-                yield Document(f"{data_config.path}:{number}", row["text"])
+                yield Document(f"{name}:{number}", row["text"])
     except hub.HubError as error:
         message = f"not readable from the Hugging Face hub ({error}); use a local copy"
         raise _bad_path(data_config, message) from error

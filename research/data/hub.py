@@ -16,20 +16,39 @@ from pathlib import Path
 TIMEOUT = 10  # seconds until the hub counts as unreachable
 LISTED = 10  # columns that an error names
 ROOT = Path(__file__).parents[2]
+COMMITS: dict[str, str] = {}  # by datasets/ or models/ and its name: what this process has read, and reads again
 
 
 class HubError(Exception):
     """Why rows cannot be had, in one line."""
 
 
-def rows(repository: str, config: str, text_field: str) -> Iterator[dict]:
+def pinned(name: str) -> tuple[str, str]:
+    """(name, revision) of `name@revision`; without one the revision is empty, and means the newest.
+
+    Raises: HubError for an @ that nothing follows.
+    """
+    name, at, revision = name.partition("@")
+    if at and not revision:
+        raise HubError("no revision follows its @")
+    return name, revision
+
+
+def rows(path: str, text_field: str) -> Iterator[dict]:
     """The rows of a data set's train split in order: {"text": ...}, or {"instead": what one has} where it is no text.
 
-    An empty `config` is the only one there is.
-    Raises: HubError where the hub or its clients refuse, or the reader dies.
+    path: owner/name or owner/name/config (without a config: the only one there is), then maybe @revision.
+    Sets COMMITS.
+    Raises: HubError where the path, the hub or its clients refuse, or the reader dies.
     """
+    name, revision = pinned(path)
+    parts = name.split("/")
+    if len(parts) not in (2, 3) or not all(parts):
+        raise HubError("name a data set as owner/name or owner/name/config, and @revision to pin it")
+    repository, config = "/".join(parts[:2]), "".join(parts[2:])
+    key = f"datasets/{path}"
     # Its stdin is never written to: it ends with this process, however that ends, and so does the reader.
-    command = [sys.executable, "-m", "research.data.hub", repository, config, text_field]
+    command = [sys.executable, "-m", "research.data.hub", repository, COMMITS.get(key, revision), config, text_field]
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     reader = subprocess.Popen(
         command,
@@ -47,6 +66,9 @@ def rows(repository: str, config: str, text_field: str) -> Iterator[dict]:
                 raise HubError(message["error"])
             if "end" in message:
                 return
+            if "commit" in message:
+                COMMITS[key] = message["commit"]
+                continue
             yield message
         raise HubError(f"its reader ended with exit code {reader.wait()}")
     finally:
@@ -69,12 +91,14 @@ def instead(row: dict, field: str) -> str:
     return f"has no such text; it has {', '.join(names[:LISTED])}{more}"
 
 
-def main(repository: str, config: str, text_field: str) -> None:
-    """Writes each row, or what went wrong, as a line of JSON to stdout."""
+def main(repository: str, revision: str, config: str, text_field: str) -> None:
+    """Writes the commit and each row, or what went wrong, as a line of JSON to stdout."""
     threading.Thread(target=_end_with_stdin, daemon=True).start()
     out, sys.stdout = sys.stdout, sys.stderr  # what others print is no row
     try:
-        for row in _stream(repository, config or None):
+        commit, stream = _stream(repository, revision or None, config or None)
+        print(json.dumps({"commit": commit}), file=out)
+        for row in stream:
             text = row.get(text_field)
             message = {"text": text} if isinstance(text, str) else {"instead": instead(row, text_field)}
             print(json.dumps(message), file=out)
@@ -87,13 +111,13 @@ def main(repository: str, config: str, text_field: str) -> None:
     os._exit(0)  # at once: Arrow's threads, again
 
 
-def _stream(repository: str, config: str | None) -> Iterator[dict]:
+def _stream(repository: str, revision: str | None, config: str | None) -> tuple[str, Iterator[dict]]:
     import datasets
     from huggingface_hub import HfApi
 
     # `datasets` retries for minutes where the hub is out of reach: ask once, first.
-    HfApi().dataset_info(repository, timeout=TIMEOUT)
-    return iter(datasets.load_dataset(repository, name=config, split="train", streaming=True))
+    commit = HfApi().dataset_info(repository, revision=revision, timeout=TIMEOUT).sha
+    return commit, iter(datasets.load_dataset(repository, name=config, revision=commit, split="train", streaming=True))
 
 
 def _end_with_stdin() -> None:

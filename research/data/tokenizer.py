@@ -174,21 +174,26 @@ def _unreadable(name: str, error: OSError) -> ConfigError:
 
 
 def _from_hub(name: str) -> Tokenizer:
-    from huggingface_hub import HfApi, try_to_load_from_cache
+    """Of the clients' cache where it is there. Sets hub.COMMITS."""
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 
     try:
-        cached = try_to_load_from_cache(name, "tokenizer.json")
-        if isinstance(cached, str):
-            return Tokenizer.from_file(cached)
-        # The client retries for minutes where the hub is out of reach: ask once, first.
-        HfApi().model_info(name, timeout=hub.TIMEOUT)
-        return Tokenizer.from_pretrained(name)
+        repository, revision = hub.pinned(name)
+        file = dict(repo_id=repository, filename="tokenizer.json", revision=revision or None)
+        path = try_to_load_from_cache(**file)
+        if not isinstance(path, str):
+            # The client retries for minutes where the hub is out of reach: ask once, first.
+            HfApi().model_info(repository, revision=revision or None, timeout=hub.TIMEOUT)
+            path = hf_hub_download(**file)
+        hub.COMMITS[f"models/{name}"] = Path(path).parent.name  # the cache has a folder for each
+        return Tokenizer.from_file(path)
     except Exception as error:  # the hub's clients share no base class for what goes wrong
         reason = hub.one_line(error)
         raise ConfigError(
             "config.data.tokenizer",
             name,
-            f"not readable from the Hugging Face hub ({reason}); name bpe, bytes, a tokenizer.json or owner/name",
+            f"not readable from the Hugging Face hub ({reason}); "
+            "name bpe, bytes, a tokenizer.json, owner/name or owner/name@revision",
         ) from error
 
 

@@ -24,7 +24,10 @@ class Refused(Exception):
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves `repositories`, by `datasets/owner/name` or `models/owner/name`, on a free port of this machine."""
+    """Serves `repositories`, by `datasets/owner/name` or `models/owner/name`, on a free port of this machine.
+
+    An older revision of one is under that name with @ and its tag.
+    """
 
     def __init__(self, repositories: dict[str, Files]):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -91,13 +94,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def _find(self, repository: str, rest: str) -> tuple[Files, str]:
         """The files of a repository at the revision that `rest` starts with, and the path after it."""
-        files = self.server.repositories.get(repository)
-        if files is None:
+        if repository not in self.server.repositories:
             raise Refused(HTTPStatus.UNAUTHORIZED, "RepoNotFound")  # it might be there, and private
         revision, _, path = rest.partition("/")
-        if revision not in ("main", commit(files)):
-            raise Refused(HTTPStatus.NOT_FOUND, "RevisionNotFound")
-        return files, path
+        for name, files in self.server.repositories.items():
+            name, _, tag = name.partition("@")
+            if name == repository and revision in (tag or "main", commit(files)):
+                return files, path
+        raise Refused(HTTPStatus.NOT_FOUND, "RevisionNotFound")
 
     def _say(self, content: bytes, status: int, headers: dict[str, str], cut: bool = False) -> None:
         self.send_response(status)
@@ -115,7 +119,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def commit(files: Files) -> str:
-    """The one revision of a repository."""
+    """The hash of a revision."""
     return sha1(b"".join(path.encode() + files[path] for path in sorted(files)))
 
 

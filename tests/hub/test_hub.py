@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from configs import base
 from research.data.tokenizer import EOT
 from research.data.tokens import open_corpus
-from tests.hub.server import Files, Hub, serve
+from tests.hub.server import Files, Hub, commit, serve
 
 ROOT = Path(__file__).parents[2]
 FIRST_FILE, VOCABULARY = 300, 300  # rows: more than are encoded at once; tokens
@@ -66,7 +66,11 @@ def books() -> Books:
             files[f"{config}/train-0000{i}-of-00002.parquet"] = table(part)
     tokenizer = trained_on(rows["first"])
     tokens = {"tokenizer.json": tokenizer.to_str().encode()}
-    return Books(rows, {"datasets/lab/books": files, "models/lab/tokens": tokens}, tokenizer)
+    before = files | {"first/train-00000-of-00002.parquet": table(["of before"])}
+    tokens_before = {"tokenizer.json": trained_on(rows["second"]).to_str().encode()}
+    repositories = {"datasets/lab/books": files, "models/lab/tokens": tokens}
+    repositories |= {"datasets/lab/books@v1": before, "models/lab/tokens@v1": tokens_before}
+    return Books(rows, repositories, tokenizer)
 
 
 def made_up(name: str) -> list[str]:
@@ -170,6 +174,18 @@ def test_a_tokenizer_is_downloaded_once_and_whole(books, hub, tmp_path):
     assert read(hub, tmp_path, ask) == [whole] and not hub.asked
 
 
+def test_a_revision_can_be_pinned_by_a_tag_or_a_commit(books, hub, tmp_path):
+    before = books.repositories["models/lab/tokens@v1"]
+    names = ["lab/tokens@v1", f"lab/tokens@{commit(before)}", "lab/tokens", "lab/tokens@v2"]
+    documents = [{"path": f"lab/books/first@{name}", "max_documents": 1} for name in ("v1", "v2")]
+    tag, pinned, newest, wrong, first, none = read(hub, tmp_path, *({"tokenizer": name} for name in names), *documents)
+    assert tag == pinned != newest
+    assert json.loads(tag)["model"] == json.loads(before["tokenizer.json"])["model"]
+    assert first == [["lab/books/first:0", "of before"]]  # its id is that of the newest
+    assert wrong.startswith("config.data.tokenizer='lab/tokens@v2': not readable") and "Revision Not Found" in wrong
+    assert none.startswith("config.data.path='lab/books/first@v2': not readable") and "Revision Not Found" in none
+
+
 # What is trained on
 
 
@@ -183,10 +199,12 @@ def home(books, tmp_path_factory) -> Path:
     return home
 
 
-def test_a_run_names_its_source_and_is_found_again_without_the_hub(home, hub):
+def test_a_run_names_its_source_and_is_found_again_without_the_hub(books, home, hub):
     manifest = json.loads((home / "run" / "data_manifest.json").read_text())
     assert (manifest["source"], manifest["path"]) == ("hf", "lab/books/first")
     assert manifest["tokenizer"]["name"] == "lab/tokens"
+    commits = [commit(books.repositories[name]) for name in ("datasets/lab/books", "models/lab/tokens")]
+    assert [manifest["commit"], manifest["tokenizer"]["commit"]] == commits
     assert manifest["train"]["documents"] + manifest["heldout"]["documents"] == 398
     again = train(hub, home, "data.path=lab/books/first")
     assert again.returncode == 0 and "finished before, at step 2" in again.stderr
