@@ -146,7 +146,7 @@ INEXACT = {
     "bytes without a token": (dict(model=vocabulary(without="aÿâĊ")), "no token for 3 of the bytes"),
     "unknown bytes": (dict(model=vocabulary(without="a") | {"unk_token": "Ġt"}), "no token for 1 of the bytes"),
     "what it cuts at": (dict(pre_tokenizer=cut(split("Removed"))), "removes what it cuts at"),
-    "white space": (dict(pre_tokenizer=cut({"type": "WhitespaceSplit"})), "stand for "),
+    "white space": (dict(pre_tokenizer=cut({"type": "WhitespaceSplit"})), "of a text of every byte stand for "),
     "spaces around a token": (
         dict(added_tokens=[added(258, EOT, special=True), added(259, "<x>", lstrip=True)]),
         "'a <x> b' stand for 6 bytes, not 7",

@@ -16,7 +16,7 @@ from pathlib import Path
 TIMEOUT = 10  # seconds until the hub counts as unreachable
 LISTED = 10  # columns that an error names
 ROOT = Path(__file__).parents[2]
-COMMITS: dict[str, str] = {}  # by datasets/ or models/ and its name: what this process has read, and reads again
+COMMITS: dict[str, str] = {}  # by datasets/ or models/ and its name: where this process has read it, and will again
 
 
 class HubError(Exception):

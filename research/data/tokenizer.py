@@ -20,9 +20,9 @@ from research.config import ConfigError
 from research.data import hub
 
 EOT = "<|endoftext|>"
-LONGEST = 1000  # characters of a word that a tokenizer is trained on
 EOT_NAMES = (EOT, "<|end_of_text|>", "<|eot|>", "<eos>", "</s>")  # as published tokenizers call it
 PROBE = "".join(map(chr, (*range(0x1000), *range(0x1000, 0x110000, 0x1000))))  # every byte that UTF-8 has
+LONGEST = 1000  # characters of a word that a tokenizer is trained on
 BATCH_DOCUMENTS = 256
 BATCH_CHARS = 4_000_000  # an encoding takes about a hundred times its text in memory
 
@@ -243,7 +243,8 @@ def _require_exact(tokenizer: Tokenizer, name: str) -> None:
         size = len(kept) if spelled else len(kept.encode())
         counted = int(sizes_V[tokenizer.encode(text, add_special_tokens=False).ids].sum())
         if counted != size:
-            message = f"its tokens of {text[:40]!r} stand for {counted} bytes, not {size}; choose one that is exact"
+            what = "a text of every byte" if text is PROBE else f"{text[:40]!r}"
+            message = f"its tokens of {what} stand for {counted} bytes, not {size}; choose one that is exact"
             raise ConfigError("config.data.tokenizer", name, message)
 
 
