@@ -113,11 +113,11 @@ def _data() -> ConfigDict:
     return ConfigDict(
         dict(
             source="stdlib",  # stdlib | text | jsonl | parquet | hf | recall
-            path="",  # a file or folder; for hf: owner/name/config
+            path="",  # a file or folder; for hf: owner/name/config, maybe @revision
             text_field="text",  # of jsonl, parquet and hf
             protocol="clean",  # clean | published (leaks on purpose)
             shuffle_block=0,  # tokens; 0: seq_len. The longest seq_len of a study pairs its strategies
-            tokenizer="bpe",  # bpe (trained on the train split) | bytes | tokenizer.json | owner/name
+            tokenizer="bpe",  # bpe (trained on the train split) | bytes | tokenizer.json | owner/name, maybe @revision
             max_documents=0,  # 0: all
             max_document_chars=0,
             max_tokens=0,

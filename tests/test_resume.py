@@ -1,6 +1,5 @@
 """A run is a pure function of its config, whatever stops it: real processes, real signals."""
 
-import errno
 import json
 import os
 import random
@@ -10,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from research.data import heldout, tokens
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided", "ignore:the load_module")
 ROOT = Path(__file__).parent.parent
 STEPS, EVERY = 60, 10
+TRAIN = ("-m", "experiments.train")
 QUICK = "--xla_backend_optimization_level=0"
 OVERRIDES = [
     "model.num_layers=1", "model.d_model=32", "model.num_heads=2", "model.d_ff=32", "model.num_experts=2",
@@ -54,8 +55,10 @@ def arguments(home: Path, workdir: Path, *more: str) -> list[str]:
     return [f"--config={ROOT / 'configs' / 'balanced.py'}:cpu", f"--workdir={workdir}", *overrides]
 
 
-def start(home: Path, workdir: Path, *more: str, flags: str = QUICK, compiled: bool = True) -> subprocess.Popen:
-    """`compiled`: what is compiled is kept in a folder of the environment's, else in the run's own."""
+def start(
+    home: Path, workdir: Path, *more: str, flags: str = QUICK, compiled: bool = True, run: Sequence[str] = TRAIN
+) -> subprocess.Popen:
+    """`compiled`: what is compiled is kept in a folder of the environment's, else in the run's own. run: of Python."""
     names = ("PATH", "HOME", "LD_LIBRARY_PATH", "SYSTEMROOT")
     environment = {name: os.environ[name] for name in names if name in os.environ}
     environment |= dict(
@@ -65,7 +68,7 @@ def start(home: Path, workdir: Path, *more: str, flags: str = QUICK, compiled: b
     )
     if compiled:
         environment["JAX_COMPILATION_CACHE_DIR"] = str(home / "compiled")
-    command = [sys.executable, "-m", "experiments.train", *arguments(home, workdir, *more)]
+    command = [sys.executable, *run, *arguments(home, workdir, *more)]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
 
@@ -151,31 +154,31 @@ def test_training_learns(whole):
     assert len(losses) == STEPS and losses[-1] < losses[0] - 1
 
 
+SLOW = """
+import sys, time
+from research.data import tokens
+
+def build(folder, config, quick=tokens.build):
+    quick(folder, config)
+    print("built", file=sys.stderr, flush=True)
+    time.sleep(60)
+
+tokens.build = build
+from experiments import train
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_the_corpus_is_built_leaves_nothing(home, tmp_path, number):
-    cache, slow = tmp_path / "cache", tmp_path / "tokenizer.json"
-    os.mkfifo(slow)  # a tokenizer that does not end holds the build up
-    child = start(home, tmp_path / "run", f"data.tokenizer={slow}", f"data.cache_dir={cache}")
-    file = opened_for_writing(slow, child)
-    try:
-        assert [*cache.glob(".*/new")]  # the corpus that is being built
-        child.send_signal(number)
-        code, said = finish(child)
-    finally:
-        os.close(file)
+    cache = tmp_path / "cache"
+    child = start(home, tmp_path / "run", f"data.cache_dir={cache}", run=("-c", SLOW))
+    assert child.stderr.readline() == "built\n"
+    assert [*cache.glob(".*/new/manifest.json")]  # not yet under its name
+    child.send_signal(number)
+    code, said = finish(child)
     assert code == 128 + number and said == "stopped before the first step; the same command begins again\n"
     assert not (tmp_path / "run").exists() and not [*cache.iterdir()]
-
-
-def opened_for_writing(pipe: Path, child: subprocess.Popen) -> int:
-    """The descriptor, as soon as the child reads from the pipe; fails where the child ends instead."""
-    while True:
-        try:
-            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
-        except OSError as error:
-            assert error.errno == errno.ENXIO  # no reader yet
-            assert child.poll() is None, child.communicate()
-            time.sleep(0.05)
 
 
 def stopped_at(said: str) -> int:
