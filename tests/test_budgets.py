@@ -7,17 +7,15 @@ from research.analysis import budgets
 from research.analysis.study import Arm, Key, Run
 
 
-def arm_of(strategy: str, losses: list[list[float]], *, seq_len=128, step=1.0, flops=100.0, tokens=1000, memory=100):
+def arm_of(strategy: str, losses: list, *, seeds=(0, 1, 2), step=1.0, flops=100.0, tokens=1000, memory=100):
     """Runs that are evaluated after each of their steps; a run a list of losses."""
     runs = []
-    for seed, run in enumerate(losses):
+    for i, (seed, run) in enumerate(zip(seeds, losses, strict=False)):
         curve = [
             {"step": i, "tokens": i * tokens, "flops": i * flops, "train_seconds": 7.0 * i, "eval/loss@96": loss}
             for i, loss in enumerate(run, 1)
         ]
-        result = dict(
-            seq_len=seq_len, step_seconds=dict(median=step * (1 + seed)), memory_bytes=dict(compiled_step=memory)
-        )
+        result = dict(seq_len=128, step_seconds=dict(median=step * (1 + i)), memory_bytes=dict(compiled_step=memory))
         runs.append(Run(Key(strategy, "independent", seed), "finished", result, {}, tuple(curve)))
     return Arm(strategy, "independent", tuple(runs))
 
@@ -72,6 +70,18 @@ def test_crossings_are_where_lines_cross():
     assert crossing["low"] == pytest.approx(1000 * (1 + 1 / 1.8), rel=1e-3)
     assert crossing["high"] == pytest.approx(1000 * (1 + 1 / 1.5), rel=1e-3)
     assert (crossing["seeds_that_cross"], crossing["seeds"]) == (2, 2)
+
+
+def test_only_curves_of_one_seed_are_laid_over_each_other():
+    """A seed moves both strategies alike: of unlike seeds, curves would cross that never do in one."""
+    levels = {1: 0.0, 2: 1.0, 3: 2.0}
+    a = arm_of("a", [[5 + u, 3 + u] for u in (levels[2], levels[3])], seeds=(2, 3))
+    b = arm_of("b", [[5.5 + u, 4 + u] for u in levels.values()], seeds=(1, 2, 3))
+    assert budgets.analyse([a, b], [96])["crossings"] == []
+    a = arm_of("a", [[5 + levels[2], 4.2 + levels[2]]], seeds=(2,))
+    (crossing,) = [c for c in budgets.analyse([a, b], [96])["crossings"] if c["axis"] == "tokens"]
+    assert crossing["seeds"] == crossing["seeds_that_cross"] == 1
+    assert budgets.analyse([a, arm_of("b", [[4, 6]], seeds=(1,))], [96])["crossings"] == []  # none in common
 
 
 def test_curves_that_do_not_cross_have_no_crossing():

@@ -94,7 +94,7 @@ def budgets(losses: dict, seconds: tuple, seeds: int, early: float) -> dict:
         before = level + early * (loss - level)
         luck = [0.001 * seed for seed in range(seeds)]
         y = [[before + 1 + u, before + 0.5 + u, loss + 0.1 + u, loss + u] for u in luck]
-        curves.append(dict(strategy=name, x=[[25.0, 50.0, 75.0, 100.0]] * seeds, y=y))
+        curves.append(dict(strategy=name, seeds=list(range(seeds)), x=[[25.0, 50.0, 75.0, 100.0]] * seeds, y=y))
         equal[name] = dict(mean=loss, low=loss, high=loss + luck[-1])
     return dict(context=96, curves=dict(tokens=curves), crossings=[], equal=[dict(budget="seconds", losses=equal)])
 
@@ -102,6 +102,11 @@ def budgets(losses: dict, seconds: tuple, seeds: int, early: float) -> dict:
 def verdict_on(words: str, found: dict) -> str:
     (verdict,) = [v.verdict for v in claims.verdicts({"analysis": found}) if words in v.claim]
     return verdict
+
+
+def evidence_on(words: str, found: dict) -> str:
+    (said,) = [v.evidence for v in claims.verdicts({"analysis": found}) if words in v.claim]
+    return said
 
 
 RECALLS = {"large_batch": (0.9, 0.07, 0.06), "balanced": (0.9, 0.9, 0.07), "long_seq": (0.9, 0.9, 0.8)}
@@ -247,6 +252,22 @@ def test_strategies_of_one_shape_are_no_test_of_a_length():
     said = {v.claim: v for v in claims.verdicts({"analysis": found})}
     assert sum("rows of one length" in verdict.evidence for verdict in said.values()) >= 3
     assert verdict_on("2x length", found) == verdict_on("slower per step", found) == UNTESTED
+
+
+def test_gaps_along_the_runs_are_of_one_seed():
+    """Seeds move all strategies alike; where long_seq lacks the first, the second is not set beside another's first."""
+    found = analysis(early=0.5)
+    for curve in found["budgets"]["curves"]["tokens"]:
+        curve["y"] = [
+            [loss + 3.0 * seed * seed for loss in y] for seed, y in zip(curve["seeds"], curve["y"], strict=True)
+        ]
+    long = found["budgets"]["curves"]["tokens"][-1]
+    whole = verdict_on("patterns over time", found)
+    for name in ("x", "y", "seeds"):
+        long[name] = long[name][1:]
+    assert "long_seq minus large_batch +0.350 at half" in evidence_on("patterns over time", found)
+    long["seeds"] = [7, 8]
+    assert whole == FAILS and verdict_on("patterns over time", found) == UNTESTED
 
 
 def test_a_missing_strategy_is_named_where_a_claim_is_about_it():

@@ -45,12 +45,13 @@ def step_seconds(arm: Arm) -> float:
 
 
 def _curve(arm: Arm, axis: str, context: int) -> dict[str, Any]:
-    """The evaluations of each seed: x on the axis, y in nats a token."""
+    """The evaluations of each of `seeds`: x on the axis, y in nats a token."""
     scale = step_seconds(arm) if axis == "seconds" else 1
     name = "step" if axis == "seconds" else axis
     points = [_evaluations(run, name, context) for run in arm.runs]
     return dict(
         strategy=arm.strategy,
+        seeds=arm.seeds,
         x=[[rounded(scale * x) for x, _ in run] for run in points],
         y=[[rounded(y) for _, y in run] for run in points],
     )
@@ -83,9 +84,15 @@ def _equal_memory(arms: Sequence[Arm], curves: Sequence[dict[str, Any]]) -> dict
 
 
 def _crossings(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, Any]]:
-    """Where the mean curves of two strategies cross, and the range of the seeds' own crossings nearest to it."""
-    means = _crossing_places(_mean_curve(a), _mean_curve(b))
-    seeds = [_crossing_places(_seed_curve(a, i), _seed_curve(b, i)) for i in range(min(len(a["x"]), len(b["x"])))]
+    """Where the mean curves of two strategies cross, and the range of the seeds' own crossings nearest to it.
+
+    Of the seeds that both have.
+    """
+    both = [seed for seed in a["seeds"] if seed in b["seeds"]]
+    if not both:
+        return []
+    means = _crossing_places(_mean_curve(a, both), _mean_curve(b, both))
+    seeds = [_crossing_places(_seed_curve(a, seed), _seed_curve(b, seed)) for seed in both]
     found = []
     for place in means:
         nearest = [min(places, key=lambda x, place=place: abs(x - place)) for places in seeds if places]
@@ -94,13 +101,15 @@ def _crossings(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def _seed_curve(arm: dict[str, Any], i: int) -> tuple[list[float], Callable]:
+def _seed_curve(arm: dict[str, Any], seed: int) -> tuple[list[float], Callable]:
+    i = arm["seeds"].index(seed)
     return arm["x"][i], lambda at: np.interp(at, arm["x"][i], arm["y"][i])
 
 
-def _mean_curve(arm: dict[str, Any]) -> tuple[list[float], Callable]:
-    curves = [_seed_curve(arm, i)[1] for i in range(len(arm["x"]))]
-    return arm["x"][0], lambda at: np.mean([curve(at) for curve in curves], axis=0)
+def _mean_curve(arm: dict[str, Any], seeds: Sequence[int]) -> tuple[list[float], Callable]:
+    places, curves = zip(*(_seed_curve(arm, seed) for seed in seeds), strict=True)
+    ends = [max(min(x) for x in places), min(max(x) for x in places)]
+    return ends, lambda at: np.mean([curve(at) for curve in curves], axis=0)
 
 
 def _crossing_places(a: tuple[list[float], Callable], b: tuple[list[float], Callable]) -> list[float]:
@@ -155,7 +164,10 @@ def _crossing_table(crossings: Sequence[dict[str, Any]]) -> Table:
         )
         for e in crossings
     )
-    note = "Where the mean curves cross between evaluations; the band is the range of the seeds' own nearest crossings."
+    note = (
+        "Where the mean curves, over the seeds that both have, cross between evaluations; the band is the range of the "
+        "seeds' own nearest crossings."
+    )
     return Table(("curves of", "axis", "cross at", "band over seeds", "seeds that cross"), rows, note)
 
 

@@ -141,9 +141,11 @@ def patterns_over_time(analysis: Analysis) -> Judged:
     end = min(x[-1] for curve in curves.values() for x in curve["x"])
     answers, parts = [], []
     for other in others:
-        half, last = ([_gap_at(curves, long, other, share * end)] for share in (0.5, 1.0))
+        half, last = (_gaps_at(curves[long], curves[other], share * end) for share in (0.5, 1.0))
+        if not half:
+            return UNTESTED, f"{long} and {other} have no seed in common: it would take one."
         changed = abs(np.mean(last) - np.mean(half)) >= TOLERANCE
-        answers.append(evidence.apart(last[0], half[0]) if changed else None)
+        answers.append(evidence.apart(last, half) if changed else None)
         parts.append(
             f"{long} minus {other} {np.mean(half):+.3f} at half of the tokens, {np.mean(last):+.3f} at the end"
         )
@@ -160,8 +162,10 @@ def patterns_over_time(analysis: Analysis) -> Judged:
     return verdict, text
 
 
-def _gap_at(curves: Mapping[str, Mapping[str, Any]], a: str, b: str, at: float) -> list[float]:
-    return [x - y for x, y in zip(_losses_at(curves[a], at), _losses_at(curves[b], at), strict=False)]
+def _gaps_at(a: Mapping[str, Any], b: Mapping[str, Any], at: float) -> list[float]:
+    """Loss of a minus that of b in each seed that both have."""
+    ours, theirs = (dict(zip(curve["seeds"], _losses_at(curve, at), strict=True)) for curve in (a, b))
+    return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
 
 
 def memorised(analysis: Analysis) -> Judged:
