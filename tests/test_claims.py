@@ -25,7 +25,7 @@ def analysis(
     device=(None, None, None),
     shapes=SHAPES,
     leaking=False,
-    accuracy=0.25,
+    own=None,  # strategy -> (loss, accuracy) at its own length
     early=1.0,  # how far curves are apart at half of the tokens, in parts of the final differences
     gain=0.1,  # nats a token that every strategy gains from its context
     beyond=0.05,  # that the longest rows gain from more context than all share
@@ -41,16 +41,15 @@ def analysis(
     found |= dict(power=[], rankings=[], decomposition=[], recall=[], reach=dict(pairs=[], gains=[]))
     for setting, by in orders.items():
         for i, name in enumerate(shapes):
-            own = dict(
-                mean=by[name] + 0.2, sd=0.01, accuracy=accuracy, leaking=leaking, floor=0.01 if leaking else None
-            )
+            loss, accuracy = (own or {}).get(name, (by[name] + 0.2, 0.25))
+            at_own = dict(mean=loss, sd=0.01, accuracy=accuracy, leaking=leaking, floor=0.01 if leaking else None)
             rows, length = shapes[name]
             curve = {
                 str(c): band(by[name] + (c > REACH[name]), width) | dict(beyond=c > REACH[name]) for c in (96, 1536)
             }
             found["arms"].append(
                 dict(strategy=name, setting=setting, seeds=list(range(seeds)), batch_size=rows, seq_len=length)
-                | dict(tokens_per_step=rows * length, tokens=80 * 8192, steps=80, flops=1e12 * (1 + i), own=own)
+                | dict(tokens_per_step=rows * length, tokens=80 * 8192, steps=80, flops=1e12 * (1 + i), own=at_own)
                 | dict(step_seconds=seconds[i], memory_bytes=dict(compiled_step=memory[i], device_peak=device[i]))
                 | dict(contexts=curve)
             )
@@ -145,7 +144,12 @@ SAME = dict.fromkeys(SHAPES, 4.0)
         ("same time", {}, FAILS),
         ("same time", dict(seconds=(0.7, 0.71, 0.72)), HOLDS),
         ("are reached", {}, FAILS),
-        ("are reached", dict(leaking=True), CONDITIONS),
+        ("are reached", dict(own=dict.fromkeys(SHAPES, (0.09, 0.981))), HOLDS),
+        ("are reached", dict(own=dict(balanced=(0.09, 0.981))), CONDITIONS),  # by one alone
+        ("are reached", dict(own=dict.fromkeys(SHAPES, (0.09, 0.97))), FAILS),
+        ("are reached", dict(own=dict.fromkeys(SHAPES, (0.11, 0.99))), FAILS),
+        ("are reached", dict(leaking=True), FAILS),
+        ("are reached", dict(leaking=True, own=dict.fromkeys(SHAPES, (0.09, 0.981))), CONDITIONS),
         ("balanced strategy wins", {}, FAILS),
         ("balanced strategy wins", dict(losses=BALANCED), HOLDS),
         ("balanced strategy wins", dict(losses=BALANCED, paired=LOSSES), CONDITIONS),

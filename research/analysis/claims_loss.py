@@ -169,21 +169,26 @@ def _gaps_at(a: Mapping[str, Any], b: Mapping[str, Any], at: float) -> list[floa
 
 
 def memorised(analysis: Analysis) -> Judged:
-    """Losses of 0.06 to 0.10 nats and accuracies of 98 % as a measure of what was learnt."""
+    """Losses and accuracies at own length no worse than the original's worst; where windows leak, under that condition."""
     found = list(arms(analysis).values())
     if not found:
         return UNTESTED, "No run is finished."
-    bits = max(row.loss for row in ORIGINAL) / np.log(2)
+    worst, least = max(row.loss for row in ORIGINAL), min(row.accuracy for row in ORIGINAL)
+    reached = [arm["strategy"] for arm in found if arm["own"]["mean"] <= worst and arm["own"]["accuracy"] >= least]
     accuracies, losses = ([arm["own"][name] for arm in found] for name in ("accuracy", "mean"))
     spread = f"{min(losses):.3f} to {max(losses):.3f} nats and {min(accuracies):.1%} to {max(accuracies):.1%}"
     floors = ", ".join(f"{row.strategy} {row.loss:.4f} (floor {row.floor:.4f})" for row in ORIGINAL)
     text = (
-        f"The original's losses, LEAKING: {floors}. At most {bits:.2f} bits a token, they are less than the "
-        f"lowest estimate for English, {SHANNON} bits a character (a token is one or more): they measure memorisation."
+        f"The original's losses, LEAKING: {floors}. At most {worst / np.log(2):.2f} bits a token, they are less than "
+        f"the lowest estimate for English, {SHANNON} bits a character (a token is one or more): they measure "
+        "memorisation."
     )
-    if evidence.leak(analysis):
-        return CONDITIONS, f"{text} Here, where windows leak too: {spread}."
-    return FAILS, f"{text} On documents that were never trained on, this study's models are at {spread} accuracy."
+    where = "Here, where windows leak too," if evidence.leak(analysis) else "On documents that were never trained on,"
+    text += f" {where} this study's models are at {spread} accuracy."
+    text += f" At most {worst} nats at {least:.0%} or more: {listed(reached) or 'none'}."
+    if not reached:
+        return FAILS, text
+    return (CONDITIONS if evidence.leak(analysis) or len(reached) < len(found) else HOLDS), text
 
 
 def more_in_a_row(analysis: Analysis) -> Judged:
