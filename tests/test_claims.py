@@ -164,7 +164,11 @@ SAME = dict.fromkeys(SHAPES, 4.0)
         ("patterns over time", {}, UNTESTED),  # the differences stay
         ("patterns over time", dict(early=0.5), FAILS),
         ("patterns over time", dict(early=0.5, gain=0.01), UNTESTED),  # none has learnt to use context
-        ("patterns over time", dict(early=2.0), CONDITIONS),
+        ("patterns over time", dict(early=2.0), CONDITIONS),  # the gap closes, and is left
+        ("patterns over time", dict(early=0.5, losses=LONG), HOLDS),  # a lead that grows
+        ("patterns over time", dict(early=0.5, losses=LONG, gain=0.01), HOLDS),
+        ("patterns over time", dict(early=2.0, losses=LONG), FAILS),  # a lead that melts
+        ("patterns over time", dict(early=2.0, losses=LONG, seeds=1), UNTESTED),
         ("information per training example", {}, CONDITIONS),
         ("information per training example", dict(diversity=0.0), CONDITIONS),
         ("information per training example", dict(diversity=0.4), HOLDS),
@@ -269,9 +273,28 @@ def test_gaps_along_the_runs_are_of_one_seed():
     whole = verdict_on("patterns over time", found)
     for name in ("x", "y", "seeds"):
         long[name] = long[name][1:]
-    assert "long_seq minus large_batch +0.350 at half" in evidence_on("patterns over time", found)
+    assert "long_seq minus large_batch +0.700 [+0.700, +0.700] at the end" in evidence_on("patterns over time", found)
     long["seeds"] = [7, 8]
     assert whole == FAILS and verdict_on("patterns over time", found) == UNTESTED
+
+
+def test_a_change_that_seeds_do_not_agree_on_is_none():
+    """It closes by 0.35 on average, and its interval over three seeds reaches beyond zero."""
+    found = analysis(early=2.0)
+    long = found["budgets"]["curves"]["tokens"][-1]
+    assert verdict_on("patterns over time", found) == CONDITIONS
+    for y, more in zip(long["y"], (-0.4, 0.0, 0.4), strict=True):
+        y[-1] += more
+    assert verdict_on("patterns over time", found) == UNTESTED
+
+
+def test_before_its_first_evaluation_a_run_has_no_loss():
+    found = analysis()
+    for curve in found["budgets"]["curves"]["tokens"]:
+        if curve["strategy"] == "balanced":
+            curve["x"] = [[60.0, 70.0, 80.0, 100.0]] * 3
+    assert verdict_on("converges faster", found) == verdict_on("patterns over time", found) == UNTESTED
+    assert "at 25% of the tokens large_batch 4.901, balanced not measured" in evidence_on("converges faster", found)
 
 
 def test_a_missing_strategy_is_named_where_a_claim_is_about_it():

@@ -17,6 +17,7 @@ from research.analysis.statistics import (
     mean_interval,
     paired_bootstrap,
     seeds_needed,
+    t_interval,
     wilson,
 )
 
@@ -375,6 +376,13 @@ def test_wilson_of_nothing_and_of_nonsense():
     for right, total in ((3, 2), (-1, 2), (1, 0)):
         with pytest.raises(ValueError):
             wilson(right, total)
+
+
+def test_t_interval_is_that_of_scipy_and_of_one_value_there_is_none():
+    values = [0.01, 0.02, 0.06]
+    low, high = stats.t.interval(0.95, 2, 0.03, np.std(values, ddof=1) / np.sqrt(3))
+    np.testing.assert_allclose(t_interval(values), [0.03, low, high])
+    assert t_interval([0.5])[0] == 0.5 and np.isnan(t_interval([0.5])[1:]).all() and np.isnan(t_interval([])).all()
 
 
 @pytest.mark.parametrize("sd, paired", [(0.5, True), (1.0, True), (0.6, False), (1.0, False)])

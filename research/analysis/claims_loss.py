@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from research.analysis import evidence
-from research.analysis.context import TOLERANCE
+from research.analysis.context import TOLERANCE, interval
 from research.analysis.evidence import CONDITIONS, FAILS, HOLDS, UNTESTED, Analysis, Judged, arms, listed
 from research.analysis.original import ORIGINAL
+from research.analysis.statistics import t_interval
 
 SHANNON = 0.6  # bits a character: the lowest estimate for English (Shannon 1951, Bell Syst. Tech. J. 30:50)
 _SETTINGS = ("independent", "paired")
@@ -94,15 +95,15 @@ def falls_fastest(analysis: Analysis) -> Judged:
     answers, parts = [], []
     for share in (0.25, 0.5):
         losses = {name: _losses_at(curve, share * end) for name, curve in curves.items()}
-        ours = losses.pop("large_batch")
-        sides = [evidence.apart(ours, other) for other in losses.values()]
-        answers.append(False if False in sides else None if None in sides else True)
-        means = ", ".join(f"{name} {np.mean(values):.3f}" for name, values in {"large_batch": ours, **losses}.items())
+        means = ", ".join(f"{name} {_mean(by_seed)}" for name, by_seed in losses.items())
         parts.append(f"at {share:.0%} of the tokens {means}")
+        ours = losses.pop("large_batch").values()
+        sides = [evidence.apart(ours, other.values()) for other in losses.values()]
+        answers.append(False if False in sides else None if None in sides else True)
     text = f"Loss at context {analysis['budgets']['context']}, {'; '.join(parts)} nats a token."
     text += "".join(f" {sentence}" for sentence in (_reaches(curves, name) for name in curves) if sentence)
     if evidence.judge(answers) == UNTESTED:
-        text += f" Not every seed agrees, or there are fewer than {evidence.MIN_SEEDS}."
+        text += f" Not every seed agrees, or fewer than {evidence.MIN_SEEDS} are measured."
     return evidence.judge(answers), text
 
 
@@ -111,16 +112,21 @@ def _curves(analysis: Analysis) -> dict[str, dict[str, Any]]:
     return {curve["strategy"]: curve for curve in found}
 
 
-def _losses_at(curve: Mapping[str, Any], at: float) -> list[float]:
-    """Every seed's loss, interpolated between its evaluations."""
-    return [float(np.interp(at, x, y)) for x, y in zip(curve["x"], curve["y"], strict=True)]
+def _losses_at(curve: Mapping[str, Any], at: float) -> dict[int, float]:
+    """Seed -> loss, interpolated between its evaluations; without seeds whose first evaluation is later."""
+    runs = zip(curve["seeds"], curve["x"], curve["y"], strict=True)
+    return {seed: float(np.interp(at, x, y)) for seed, x, y in runs if x[0] <= at}
+
+
+def _mean(by_seed: Mapping[int, float]) -> str:
+    return f"{np.mean(list(by_seed.values())):.3f}" if by_seed else "not measured"
 
 
 def _reaches(curves: Mapping[str, Mapping[str, Any]], other: str) -> str:
     """After how many tokens the mean of large batch is at another's final loss."""
     ours, theirs = curves["large_batch"], curves[other]
     target = float(np.mean([y[-1] for y in theirs["y"]]))
-    tokens = np.array(ours["x"][0])
+    tokens = np.array([at for at in ours["x"][0] if all(x[0] <= at <= x[-1] for x in ours["x"])])
     losses = np.mean([np.interp(tokens, x, y) for x, y in zip(ours["x"], ours["y"], strict=True)], axis=0)
     below = np.nonzero(losses <= target)[0]
     if other == "large_batch" or not below.size or below[0] == 0:
@@ -131,7 +137,10 @@ def _reaches(curves: Mapping[str, Mapping[str, Any]], other: str) -> str:
 
 
 def patterns_over_time(analysis: Analysis) -> Judged:
-    """The gap from the longest rows to the others closes along the run, in every seed."""
+    """The longest rows gain on every other from half of the tokens to the end, and end ahead: by intervals over seeds.
+
+    Gaining alone, still behind, is a condition: that longer training turns it.
+    """
     if missing := evidence.blocked(analysis):
         return UNTESTED, missing
     curves, known = _curves(analysis), list(arms(analysis))
@@ -139,37 +148,51 @@ def patterns_over_time(analysis: Analysis) -> Judged:
         return UNTESTED, "No evaluations along the runs are recorded at a context that all share."
     long, others = known[-1], [name for name in known[:-1] if name in curves]
     end = min(x[-1] for curve in curves.values() for x in curve["x"])
-    answers, parts = [], []
+    answers, ahead, parts = [], [], []
     for other in others:
         half, last = (_gaps_at(curves[long], curves[other], share * end) for share in (0.5, 1.0))
-        if not half:
-            return UNTESTED, f"{long} and {other} have no seed in common: it would take one."
-        changed = abs(np.mean(last) - np.mean(half)) >= TOLERANCE
-        answers.append(evidence.apart(last, half) if changed else None)
+        seeds = [seed for seed in last if seed in half]
+        if not seeds:
+            return UNTESTED, f"No seed of both {long} and {other} is measured at half of the tokens: one would tell."
+        change, final = _over_seeds([last[s] - half[s] for s in seeds]), _over_seeds([last[s] for s in seeds])
+        answers.append(_sign(change, TOLERANCE))
+        ahead.append(_sign(final, 0.0))
         parts.append(
-            f"{long} minus {other} {np.mean(half):+.3f} at half of the tokens, {np.mean(last):+.3f} at the end"
+            f"{long} minus {other} {evidence.said(final)} at the end, of which {evidence.said(change)} since half"
         )
     below = [e for e in analysis["budgets"]["crossings"] if e["axis"] == "tokens" and long in (e["a"], e["b"])]
-    text = f"At context {analysis['budgets']['context']}, in nats a token: {'; '.join(parts)} ({end:,.0f} tokens)."
+    context = analysis["budgets"]["context"]
+    text = f"At context {context}, in nats a token [95 %, seeds]: {'; '.join(parts)} of the {end:,.0f} tokens."
     text += f" Its curve crosses another {len(below)} times." if below else " Its curve crosses no other."
     verdict = evidence.judge(answers)
-    if verdict == HOLDS and not below:
-        return CONDITIONS, f"{text} The gap closes, but longer training would have to show that it turns."
+    if verdict == HOLDS and not all(ahead):
+        return CONDITIONS, f"{text} It gains on all, but is not shown to end ahead of all: longer training would tell."
     if verdict == UNTESTED:
-        text += " Not every seed agrees on whether the gap closes: longer training would tell."
+        text += " It is shown neither to gain nor to lose: longer training or more seeds would tell."
     if verdict != HOLDS and (little := evidence.little_context(analysis)):
         return UNTESTED, f"{text} {little}"
     return verdict, text
 
 
-def _gaps_at(a: Mapping[str, Any], b: Mapping[str, Any], at: float) -> list[float]:
-    """Loss of a minus that of b in each seed that both have."""
-    ours, theirs = (dict(zip(curve["seeds"], _losses_at(curve, at), strict=True)) for curve in (a, b))
-    return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+def _gaps_at(a: Mapping[str, Any], b: Mapping[str, Any], at: float) -> dict[int, float]:
+    """Seed -> loss of a minus that of b, of the seeds that both have."""
+    ours, theirs = _losses_at(a, at), _losses_at(b, at)
+    return {seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs}
+
+
+def _over_seeds(values: Sequence[float]) -> dict[str, float | None]:
+    return interval(t_interval(values))
+
+
+def _sign(entry: Mapping[str, float | None], least: float) -> bool | None:
+    """Whether an interval, and its mean by as much as `least`, lies below zero; False: above; None: neither."""
+    if entry["low"] is None or abs(entry["mean"]) < least:
+        return None
+    return True if entry["high"] < 0 else False if entry["low"] > 0 else None
 
 
 def memorised(analysis: Analysis) -> Judged:
-    """Losses and accuracies at own length no worse than the original's worst; where windows leak, under that condition."""
+    """Losses and accuracies at own length no worse than the original's worst; where windows leak, on that condition."""
     found = list(arms(analysis).values())
     if not found:
         return UNTESTED, "No run is finished."

@@ -4,7 +4,7 @@ An answer is True, False, or None: the numbers are there and do not decide.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from research.analysis.findings import LITTLE
@@ -78,7 +78,7 @@ def extreme(entries: Sequence[Mapping[str, Any] | None], sign: int) -> bool | No
     return True if entries and all(entry is not None and entry["shown"] for entry in entries) else None
 
 
-def apart(lower: Sequence[float], higher: Sequence[float]) -> bool | None:
+def apart(lower: Collection[float], higher: Collection[float]) -> bool | None:
     """Whether every seed's value of one arm lies below every seed's of another; None with too few seeds to say so."""
     if min(len(lower), len(higher)) < MIN_SEEDS:
         return None

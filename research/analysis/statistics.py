@@ -192,6 +192,15 @@ def wilson(right: int, total: int, confidence: float = 0.95) -> tuple[float, flo
     return float(found.low), float(found.high)
 
 
+def t_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+    """(mean, low, high) of independent values by Student's t; NaN for the ends of one, for all of none."""
+    if len(values) < 2:
+        return float(np.mean(values)) if len(values) else math.nan, math.nan, math.nan
+    mean = float(np.mean(values))
+    half = stats.t.ppf((1 + confidence) / 2, len(values) - 1) * stats.sem(values)
+    return mean, float(mean - half), float(mean + half)
+
+
 def seeds_needed(sd: float, delta: float, power: float = 0.8, alpha: float = 0.05, paired: bool = True) -> int:
     """Seeds per arm (2 or more) at which a two-sided t test finds `delta`, on its side, with probability `power`.
 
