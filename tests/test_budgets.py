@@ -50,6 +50,15 @@ def test_losses_are_interpolated_and_ranges_are_over_seeds():
     assert at["losses"]["b"]["mean"] == 3.5
 
 
+def test_before_the_first_evaluation_there_is_no_loss():
+    """`slow` is first evaluated after all that `fast` ran for: at as many seconds its loss is not known."""
+    fast, slow = arm_of("fast", [[5, 4, 3]], step=0.1), arm_of("slow", [[2, 1.5]])
+    found = budgets.analyse([fast, slow], [96])
+    assert equal(found)["seconds"]["losses"] == {} and list(equal(found)["tokens"]["losses"]) == ["slow", "fast"]
+    row = next(row for row in budgets.section(dict(budgets=found)).tables[0].rows if "seconds" in row[0])
+    assert row[2:] == ("–", "–", "not measured")
+
+
 def test_a_disturbed_run_does_not_slow_its_strategy():
     assert budgets.step_seconds(arm_of("a", [[5, 4], [5, 4]], step=0.7)) == 0.7
 

@@ -1,8 +1,9 @@
 """One table of runs under five budgets: equal tokens, steps, FLOPs, train seconds, and memory.
 
 Losses are read off each run's logged evaluations by linear interpolation, at the largest budget that every strategy
-reached. Train seconds are steps times the strategy's typical step: the median of its least disturbed run, so that a
-machine that was busy with something else does not decide who wins.
+reached; where one was not yet evaluated there, nothing is measured. Train seconds are steps times the strategy's
+typical step: the median of its least disturbed run, so that a machine that was busy with something else does not decide
+who wins.
 """
 
 import itertools
@@ -63,9 +64,13 @@ def _evaluations(run: Run, axis: str, context: int) -> list[tuple[float, float]]
 
 
 def _equal(axis: str, curves: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Losses at the largest place of the axis that every run reached: mean and range over seeds, lowest first."""
+    """Losses at the largest place of the axis that every run reached: mean and range over seeds, lowest first.
+
+    None where a run's first evaluation is later: before it, its loss is not known.
+    """
     at = min(max(x) for arm in curves for x in arm["x"])
-    losses = {arm["strategy"]: _at(arm, at) for arm in curves}
+    measured = all(min(x) <= at for arm in curves for x in arm["x"])
+    losses = {arm["strategy"]: _at(arm, at) for arm in curves} if measured else {}
     return dict(budget=axis, at=at, losses=dict(sorted(losses.items(), key=lambda item: item[1]["mean"])))
 
 
@@ -130,11 +135,12 @@ def section(analysis: dict[str, Any]) -> Section | None:
     tables = [_equal_table(found)]
     if found["crossings"]:
         tables.append(_crossing_table(found["crossings"]))
-    text = (
-        "The same runs, stopped where they have used the same amount of something. Who wins depends on what is scarce."
-        if found["crossings"] or len({next(iter(e["losses"])) for e in found["equal"] if e["losses"]}) > 1
-        else "The same runs, stopped where they have used the same amount of something: the winner is the same."
-    )
+    winners = {next(iter(e["losses"])) for e in found["equal"] if e["losses"]}
+    text = "The same runs, stopped where they have used the same amount of something"
+    if found["crossings"] or len(winners) > 1:
+        text += ". Who wins depends on what is scarce."
+    else:
+        text += ": the winner is the same." if winners else "."
     return Section("Five budgets", text, tuple(tables))
 
 
@@ -143,13 +149,16 @@ def _equal_table(found: dict[str, Any]) -> Table:
     rows = []
     for entry in found["equal"]:
         cells = [_range(entry["losses"].get(name)) for name in names]
-        winner = next(iter(entry["losses"]), "not held equal")
+        unknown = "not held equal" if entry["budget"] == "memory" and not entry["held_equal"] else "not measured"
+        winner = next(iter(entry["losses"]), unknown)
         rows.append((f"equal {LABELS[entry['budget']]}", shown(entry["budget"], entry["at"]), *cells, winner))
     note = (
         f"Held-out loss at context {found['context']}, nats a token: mean over seeds [lowest, highest seed]. Read off "
         "the evaluations by linear interpolation. Memory is that of the compiled step; it counts as equal where all "
         "strategies need the same to within 5 %. Train seconds: steps times the median step of the least disturbed run."
     )
+    if any(row[-1] == "not measured" for row in rows):
+        note += " Not measured: one is evaluated later for the first time."
     return Table(("budget", "at", *names, "lowest"), tuple(rows), note)
 
 
