@@ -283,9 +283,18 @@ def test_a_change_that_seeds_do_not_agree_on_is_none():
     found = analysis(early=2.0)
     long = found["budgets"]["curves"]["tokens"][-1]
     assert verdict_on("patterns over time", found) == CONDITIONS
-    for y, more in zip(long["y"], (-0.4, 0.0, 0.4), strict=True):
-        y[-1] += more
+    spread(long["y"], at=-1)
     assert verdict_on("patterns over time", found) == UNTESTED
+    found = analysis(early=0.5, losses=LONG)
+    assert verdict_on("patterns over time", found) == HOLDS
+    spread(found["budgets"]["curves"]["tokens"][0]["y"], at=1)  # of the gap to one alone
+    assert verdict_on("patterns over time", found) == CONDITIONS
+    assert "not shown to gain on all" in evidence_on("patterns over time", found)
+
+
+def spread(curves: list[list[float]], at: int) -> None:
+    for y, more in zip(curves, (-0.4, 0.0, 0.4), strict=True):
+        y[at] += more
 
 
 def test_before_its_first_evaluation_a_run_has_no_loss():

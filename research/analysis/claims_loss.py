@@ -158,15 +158,16 @@ def patterns_over_time(analysis: Analysis) -> Judged:
         answers.append(_sign(change, TOLERANCE))
         ahead.append(_sign(final, 0.0))
         parts.append(
-            f"{long} minus {other} {evidence.said(final)} at the end, of which {evidence.said(change)} since half"
+            f"{long} minus {other} {evidence.said(final)} at the end, changed by {evidence.said(change)} since half"
         )
     below = [e for e in analysis["budgets"]["crossings"] if e["axis"] == "tokens" and long in (e["a"], e["b"])]
     context = analysis["budgets"]["context"]
     text = f"At context {context}, in nats a token [95 %, seeds]: {'; '.join(parts)} of the {end:,.0f} tokens."
     text += f" Its curve crosses another {len(below)} times." if below else " Its curve crosses no other."
     verdict = evidence.judge(answers)
-    if verdict == HOLDS and not all(ahead):
-        return CONDITIONS, f"{text} It gains on all, but is not shown to end ahead of all: longer training would tell."
+    if verdict == HOLDS and not all(answers + ahead):
+        doubt = "end ahead of all" if all(answers) else "gain on all"
+        return CONDITIONS, f"{text} It gains, but is not shown to {doubt}: longer training would tell."
     if verdict == UNTESTED:
         text += " It is shown neither to gain nor to lose: longer training or more seeds would tell."
     if verdict != HOLDS and (little := evidence.little_context(analysis)):
