@@ -198,3 +198,21 @@ def test_accuracy_is_counted_by_octaves_of_distance_over_all_seeds():
     assert recall.share(entry["raw"][1]) == "50% (50%, 50%)"
     (alone,) = recall.analyse([arm_of(right, distances, seeds=1)])
     assert recall.share(alone["raw"][1]) == "50.0% [9.5%, 90.5%]"  # of two answers
+
+
+def bin_of(low: float, high: float, *by_seed: float) -> dict:
+    return dict(mean=np.mean(by_seed), low=low, high=high, by_seed=list(by_seed))
+
+
+def test_more_is_shown_by_every_seed_and_by_the_answers():
+    a = bin_of(0.48, 0.52, 0.45, 0.55)
+    assert recall.above(bin_of(0.58, 0.62, 0.56, 0.64), a)
+    assert not recall.above(bin_of(0.58, 0.62, 0.54, 0.66), a)  # one seed is below one of the other's
+    assert not recall.above(bin_of(0.51, 0.69, 0.56, 0.64), a)  # so few answers that it may be chance
+
+
+def test_no_more_is_shown_by_every_seed_and_by_the_answers():
+    assert recall.no_more(bin_of(0.48, 0.54, 0.49, 0.53), 0.5)
+    assert not recall.no_more(bin_of(0.48, 0.56, 0.49, 0.53), 0.5)
+    assert not recall.no_more(bin_of(0.48, 0.54, 0.45, 0.57), 0.5)
+    assert recall.least(bin_of(0.48, 0.54, 0.45, 0.57)) == 0.45 and recall.least(bin_of(0.4, 0.6, 0.45, 0.55)) == 0.4

@@ -5,7 +5,7 @@ from typing import Any
 
 from research.analysis import evidence
 from research.analysis.evidence import CONDITIONS, FAILS, HOLDS, UNTESTED, Analysis, Judged, arms
-from research.analysis.recall import above, share
+from research.analysis.recall import SAME, above, least, no_more, share
 
 NOT_RUN = "The recall task was not run: it would show accuracy against distance."
 Entry = Mapping[str, Any]
@@ -36,7 +36,7 @@ def further(analysis: Analysis) -> tuple[bool | None, str]:
     """Whether the longest rows recall at distances beyond the shortest rows, where those do less.
 
     True where at one of these distances the longer is shown to be above the shorter (recall.above) and chance; False
-    where at none its mean is above both.
+    where at each it is shown to be no more than one of them (recall.no_more).
     """
     found = entries(analysis)
     if len(found) < 2:
@@ -49,7 +49,7 @@ def further(analysis: Analysis) -> tuple[bool | None, str]:
     if not learnt(long, short["seq_len"]):
         return None, not_learnt(long)
     better = [above(b, a) and b["low"] > long["chance"] for a, b in far]
-    no_better = [b["mean"] <= a["mean"] or b["low"] <= long["chance"] for a, b in far]
+    no_better = [no_more(b, max(least(a), long["chance"])) for a, b in far]
     each = (f"{distances(b)}: {long['strategy']} {share(b)}, {short['strategy']} {share(a)}" for a, b in far)
     text = f"Recall beyond {short['seq_len']:,} tokens (chance {long['chance']:.1%}): {'; '.join(each)}."
     return (True if any(better) else False if all(no_better) else None), text
@@ -60,7 +60,7 @@ def distances(b: Entry) -> str:
 
 
 def short_cannot(analysis: Analysis) -> Judged:
-    """The shortest rows are at chance at every distance beyond them, though they recall within."""
+    """The shortest rows are shown to be at chance at every distance beyond them, though they recall within."""
     if missing := evidence.blocked(analysis):
         return UNTESTED, missing
     text = _beyond_on_text(analysis)
@@ -81,7 +81,11 @@ def short_cannot(analysis: Analysis) -> Judged:
         f"{short['strategy']} recalls {share(best)} at distances of {distances(best)} tokens, and beyond the "
         f"{short['seq_len']:,} of its rows {beyond} (chance {short['chance']:.1%}). {text}"
     )
-    return (FAILS if all(above) else CONDITIONS if any(above) else HOLDS), said
+    if any(above):
+        return (FAILS if all(above) else CONDITIONS), said
+    if all(no_more(b, short["chance"]) for b in far):
+        return HOLDS, said
+    return UNTESTED, f"{said} More answers or seeds would tell whether that is within {SAME:.0%} of chance."
 
 
 def _beyond_on_text(analysis: Analysis) -> str:

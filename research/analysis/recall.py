@@ -10,6 +10,7 @@ from research.analysis.page import Section, Table
 from research.analysis.statistics import wilson
 from research.analysis.study import Arm
 
+SAME = 0.05  # of all answers: a share that is higher by less is no higher
 SUITES = {"raw": "whole documents", "window": "windows of the trained length"}
 
 
@@ -80,6 +81,16 @@ def share(b: dict[str, Any]) -> str:
 def above(b: dict[str, Any], a: dict[str, Any]) -> bool:
     """Whether one recalls more in a bin than another: in every seed, and by more than their answers leave to chance."""
     return min(b["by_seed"]) > max(a["by_seed"]) and b["low"] > a["high"]
+
+
+def no_more(b: dict[str, Any], most: float) -> bool:
+    """Whether it is shown that no more than a share `most` is recalled in a bin, to SAME: by answers and every seed."""
+    return max(b["high"], *b["by_seed"]) < most + SAME
+
+
+def least(b: dict[str, Any]) -> float:
+    """The lowest share that answers and seeds leave to a bin."""
+    return min(b["low"], *b["by_seed"])
 
 
 def _table(found: Sequence[dict[str, Any]], suite: str) -> Table:
