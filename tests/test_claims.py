@@ -314,6 +314,16 @@ def test_before_its_first_evaluation_a_run_has_no_loss():
     assert "at 25% of the tokens large_batch 4.901, balanced not measured" in evidence_on("converges faster", found)
 
 
+@pytest.mark.parametrize("words", ["less noise", "slower progress", "escape poor minima", "2x batch"])
+def test_that_no_two_differ_in_their_rows_alone_is_said_only_where_none_do(words):
+    alone = "their number of rows alone"
+    two = analysis(shapes=SHAPES | {"balanced": (128, 128)}, memory=(None, 4e8, 4e8))
+    assert alone not in evidence_on(words, two) and verdict_on(words, two) == UNTESTED
+    assert alone in evidence_on(words, analysis(shapes=SHAPES | {"balanced": (20, 512)}))
+    assert alone in evidence_on(words, analysis(shapes=dict.fromkeys(SHAPES, (16, 512))))
+    assert "length" in evidence_on(words, analysis()) and alone not in evidence_on(words, analysis())
+
+
 def test_a_missing_strategy_is_named_where_a_claim_is_about_it():
     found = analysis()
     found["arms"] = [arm for arm in found["arms"] if arm["strategy"] != "balanced"]

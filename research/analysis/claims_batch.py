@@ -1,5 +1,6 @@
 """Claims about the size of the batch by itself, which strategies of equal tokens a step cannot decide: what would."""
 
+from research.analysis import evidence
 from research.analysis.evidence import UNTESTED, Analysis, Judged, arms
 
 
@@ -26,8 +27,14 @@ def explores(analysis: Analysis) -> Judged:
 
 def _not_varied(analysis: Analysis) -> str:
     found = list(arms(analysis).values())
+    if pairs := evidence.rows_alone(analysis):
+        a, b = pairs[0]
+        return (
+            f"{a['strategy']} and {b['strategy']} have rows of one length, {a['seq_len']:,} tokens, and "
+            f"{a['batch_size']} and {b['batch_size']} of them; no rule judges that pair."
+        )
     sizes = {arm["tokens_per_step"] for arm in found}
-    if len(sizes) == 1:
+    if len(sizes) == 1 and len({arm["seq_len"] for arm in found}) > 1:
         rows = ", ".join(str(arm["batch_size"]) for arm in found)
         each = f"Every step holds {sizes.pop():,} tokens"
         return f"{each}: the number of rows ({rows}) changes with their length, never alone."

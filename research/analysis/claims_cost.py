@@ -13,14 +13,11 @@ MEASURES = {"device_peak": "device's peak", "compiled_step": "compiled step"}  #
 
 def memory_of_batch(analysis: Analysis) -> Judged:
     """Two strategies with rows of one length: the factor of memory a doubling of the rows."""
-    same = [
-        (a, b)
-        for a, b in evidence.pairs(analysis)
-        if a["seq_len"] == b["seq_len"] and a["batch_size"] != b["batch_size"]
-    ]
-    measure = _measure(analysis)
-    if not same or measure is None:
+    same, measure = evidence.rows_alone(analysis), _measure(analysis)
+    if not same:
         return UNTESTED, _batch_not_varied(analysis) + " Compiling the step at B and 2 B rows of one length would tell."
+    if measure is None:
+        return UNTESTED, "No measure of memory is known of every strategy: that of the compiled step would tell."
     few, many = sorted(same[0], key=lambda arm: arm["batch_size"])
     factor = _a_doubling(few, many, measure, many["batch_size"] / few["batch_size"])
     text = (
@@ -152,7 +149,7 @@ def _batch_not_varied(analysis: Analysis) -> str:
     found = list(arms(analysis).values())
     if not found:
         return "No run is finished."
-    if _equal_tokens(found):
+    if _equal_tokens(found) and len({arm["seq_len"] for arm in found}) > 1:
         return (
             f"The batch is not varied: every strategy takes {found[0]['tokens_per_step']:,} tokens a step, cut into "
             "rows of other lengths (as the original's did, nearly)."

@@ -124,6 +124,11 @@ def listed(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
+def rows_alone(analysis: Analysis) -> list[tuple[Arm, Arm]]:
+    """Every two strategies that have rows of one length, and unlike numbers of them."""
+    return [(a, b) for a, b in pairs(analysis) if a["seq_len"] == b["seq_len"] and a["batch_size"] != b["batch_size"]]
+
+
 def pairs(analysis: Analysis, setting: str = "independent") -> list[tuple[Arm, Arm]]:
     """Every two strategies, shorter rows first."""
     return list(itertools.combinations(arms(analysis, setting).values(), 2))
