@@ -1,6 +1,7 @@
 """A verdict follows from the numbers by its rule, and turns with them; without numbers nothing is decided."""
 
 import itertools
+import re
 
 import pytest
 
@@ -263,11 +264,15 @@ def test_what_is_absent_decides_nothing_and_breaks_nothing(absent):
 
 
 def test_strategies_of_one_shape_are_no_test_of_a_length():
-    """A fork's variant beside what it came from: same rows, same length."""
-    found = analysis(shapes=dict.fromkeys(SHAPES, (16, 512)), recall=RECALLS, paired=LOSSES)
-    said = {v.claim: v for v in claims.verdicts({"analysis": found})}
-    assert sum("rows of one length" in verdict.evidence for verdict in said.values()) >= 3
-    assert verdict_on("2x length", found) == verdict_on("slower per step", found) == UNTESTED
+    """A fork's variant beside what it came from: same rows, same length, whatever its numbers."""
+    shapes = dict.fromkeys(SHAPES, (16, 512))
+    for numbers in (dict(recall=RECALLS, paired=LOSSES), dict(losses=LONG, full=LONG, early=0.5, diversity=0.4)):
+        found = analysis(shapes=shapes, **numbers)
+        said = {v.claim: v for v in claims.verdicts({"analysis": found})}
+        of_length = [v for v in said.values() if re.search("(?i)longer|shorter|short seq|long seq|length", v.claim)]
+        in_practice = [v for v in of_length if "In practice" in v.claim]
+        assert len(of_length) == 12 and all(v.verdict == UNTESTED for v in of_length)
+        assert all("rows of one length" in v.evidence for v in of_length if v not in in_practice)
 
 
 def test_gaps_along_the_runs_are_of_one_seed():
@@ -345,3 +350,11 @@ def test_what_leaks_decides_nothing_about_losses_and_says_so():
     assert len(of_losses) == 4
     assert all(v.verdict == UNTESTED and "LEAKING" in v.evidence for v in of_losses)
     assert any("floor 0.01" in v.evidence for v in of_losses)
+
+
+def test_recall_with_rows_of_one_length_is_no_test_of_a_length():
+    found = analysis(recall=RECALLS)
+    assert verdict_on("learn long-range dependencies", found) == HOLDS
+    for entry in found["recall"]:
+        entry["seq_len"] = 128
+    assert verdict_on("learn long-range dependencies", found) == CONDITIONS  # by text alone

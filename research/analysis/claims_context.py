@@ -15,7 +15,7 @@ from research.analysis.evidence import CONDITIONS, FAILS, HOLDS, UNTESTED, Analy
 
 def long_range(analysis: Analysis) -> Judged:
     """The longest rows recall beyond the shortest ones' length, and predict text better with more context than that."""
-    if missing := evidence.blocked(analysis):
+    if missing := evidence.blocked_by_length(analysis):
         return UNTESTED, missing
     recalled, recall_text = claims_recall.further(analysis)
     gained, gain_text = _gains_beyond(analysis)
@@ -65,7 +65,7 @@ def _curves(analysis: Analysis) -> dict[str, dict[str, Any]]:
 
 def understands_context(analysis: Analysis) -> Judged:
     """Each strategy at the longest context that it was trained at: the longest rows below every other."""
-    if missing := evidence.blocked(analysis):
+    if missing := evidence.blocked_by_length(analysis):
         return UNTESTED, missing
     answers = {setting: _at_full_reach(analysis, setting) for setting in ("independent", "paired")}
     texts = [f"In {setting} order, {text}." for setting, (_, text) in answers.items() if text]
@@ -157,7 +157,7 @@ def _most_context(analysis: Analysis) -> list[str]:
 
 def worth_it(analysis: Analysis) -> Judged:
     """The longest rows recall further, and predict better with all their context, though their loss is higher."""
-    if missing := evidence.blocked(analysis):
+    if missing := evidence.blocked_by_length(analysis):
         return UNTESTED, missing
     recalled, recall_text = claims_recall.further(analysis)
     reached, reach_text = _at_full_reach(analysis, "independent")
@@ -177,7 +177,7 @@ def worth_it(analysis: Analysis) -> Judged:
 
 def promise(analysis: Analysis) -> Judged:
     """Not the lowest loss at the contexts that all share, but ahead where there is more context."""
-    if missing := evidence.blocked(analysis, "long_seq"):
+    if missing := evidence.blocked_by_length(analysis, "long_seq"):
         return UNTESTED, missing
     context = evidence.shared_context(analysis)
     gaps = [evidence.gap(analysis, "long_seq", other, context) for other in arms(analysis) if other != "long_seq"]
@@ -199,7 +199,7 @@ def promise(analysis: Analysis) -> Judged:
 
 def context_for_speed(analysis: Analysis) -> Judged:
     """Longer rows cost time, and give something for it on text or in recall."""
-    if missing := evidence.blocked(analysis):
+    if missing := evidence.blocked_by_length(analysis):
         return UNTESTED, missing
     recalled, recall_text = claims_recall.further(analysis)
     gained, gain_text = _gains_beyond(analysis)

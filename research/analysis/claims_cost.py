@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from research.analysis import evidence
 from research.analysis.evidence import CONDITIONS, FAILS, HOLDS, SAME, UNTESTED, Analysis, Arm, Judged, arms, listed
 
-ONE_LENGTH = "All strategies have rows of one length."
 MEASURES = {"device_peak": "device's peak", "compiled_step": "compiled step"}  # the first that every strategy has
 
 
@@ -33,15 +32,13 @@ def memory_of_length(analysis: Analysis) -> Judged:
     """
     measure = _measure(analysis)
     found = list(arms(analysis).values())
-    if missing := evidence.unfinished(analysis):
+    if missing := evidence.unfinished(analysis) or evidence.one_length(analysis):
         return UNTESTED, missing
     if measure is None:
         return UNTESTED, "No measure of memory is known of every strategy."
     if not _equal_tokens(found):
         return UNTESTED, "Tokens a step differ between the strategies, so memory differs for two reasons at once."
     short, long = found[0], found[-1]
-    if short["seq_len"] == long["seq_len"]:
-        return UNTESTED, ONE_LENGTH
     factor = _a_doubling(short, long, measure, long["seq_len"] / short["seq_len"])
     text = (
         f"At equal tokens a step, rows {long['seq_len'] / short['seq_len']:g} times as long take "
@@ -58,12 +55,10 @@ def memory_of_length(analysis: Analysis) -> Judged:
 
 def memory_of_short(analysis: Analysis) -> Judged:
     found, measure = list(arms(analysis).values()), _measure(analysis)
-    if missing := evidence.unfinished(analysis):
+    if missing := evidence.unfinished(analysis) or evidence.one_length(analysis):
         return UNTESTED, missing
     if measure is None or not _equal_tokens(found):
         return UNTESTED, "Memory at equal tokens a step is not known of every strategy."
-    if found[0]["seq_len"] == found[-1]["seq_len"]:
-        return UNTESTED, ONE_LENGTH
     ratio = _ratio(found[0], found[-1], measure)
     text = f"At equal tokens a step the {MEASURES[measure]} takes {_sizes(found, measure)}"
     if ratio > 1 + SAME:
@@ -105,12 +100,10 @@ def fastest_step(analysis: Analysis) -> Judged:
 
 
 def slower_steps(analysis: Analysis) -> Judged:
-    if missing := evidence.unfinished(analysis):
+    if missing := evidence.unfinished(analysis) or evidence.one_length(analysis):
         return UNTESTED, missing
     found = list(arms(analysis).values())
     by_length = [list(group) for _, group in itertools.groupby(found, lambda arm: arm["seq_len"])]
-    if len(by_length) < 2:
-        return UNTESTED, ONE_LENGTH
     ratios = [
         b["step_seconds"] / a["step_seconds"]
         for shorter, longer in itertools.pairwise(by_length)

@@ -141,7 +141,7 @@ def patterns_over_time(analysis: Analysis) -> Judged:
 
     Gaining alone, still behind, is a condition: that longer training turns it.
     """
-    if missing := evidence.blocked(analysis):
+    if missing := evidence.blocked_by_length(analysis):
         return UNTESTED, missing
     curves, known = _curves(analysis), list(arms(analysis))
     if len(curves) < 2:
@@ -217,7 +217,7 @@ def memorised(analysis: Analysis) -> Judged:
 
 def more_in_a_row(analysis: Analysis) -> Judged:
     """What the same number of tokens is worth from many places of the corpus instead of few."""
-    if missing := evidence.blocked(analysis):
+    if missing := evidence.blocked_by_length(analysis):
         return UNTESTED, missing
     known, context = list(arms(analysis)), evidence.shared_context(analysis)
     entry = _decomposed(analysis.get("decomposition") or (), known[0], known[-1], context)

@@ -42,6 +42,8 @@ def further(analysis: Analysis) -> tuple[bool | None, str]:
     if len(found) < 2:
         return None, NOT_RUN
     short, long = found[0], found[-1]
+    if short["seq_len"] == long["seq_len"]:
+        return None, "The recall task was run with rows of one length alone."
     theirs = {b["from"]: b for b in short["raw"]}
     far = [(theirs[b["from"]], b) for b in long["raw"] if b["from"] in theirs and b["from"] >= short["seq_len"]]
     if not far:
@@ -61,7 +63,7 @@ def distances(b: Entry) -> str:
 
 def short_cannot(analysis: Analysis) -> Judged:
     """The shortest rows are shown to be at chance at every distance beyond them, though they recall within."""
-    if missing := evidence.blocked(analysis):
+    if missing := evidence.blocked_by_length(analysis):
         return UNTESTED, missing
     text = _beyond_on_text(analysis)
     found = entries(analysis)

@@ -13,6 +13,7 @@ from research.analysis.page import VERDICTS
 HOLDS, CONDITIONS, FAILS, UNTESTED = VERDICTS
 MIN_SEEDS = 3  # all of 3 below all of 3 others: 1 in 20 by chance
 SAME = 0.05  # costs that differ by less are the same
+ONE_LENGTH = "All strategies have rows of one length: longer ones beside them would tell."
 
 Analysis = Mapping[str, Any]
 Arm = Mapping[str, Any]
@@ -49,6 +50,17 @@ def blocked(analysis: Analysis, *strategies: str) -> str | None:
     if shared_context(analysis) is None and len(arms(analysis)) > 1:
         return "No context is shared by every strategy, so no losses are of the same task."
     return unfinished(analysis, *strategies) or leak(analysis)
+
+
+def one_length(analysis: Analysis) -> str | None:
+    """The sentence that says that nothing here is a test of length; None where lengths differ."""
+    lengths = {arm["seq_len"] for arm in arms(analysis).values()}
+    return ONE_LENGTH if len(lengths) == 1 else None
+
+
+def blocked_by_length(analysis: Analysis, *strategies: str) -> str | None:
+    """Why the losses of this study cannot decide between lengths of rows; None where they can."""
+    return blocked(analysis, *strategies) or one_length(analysis)
 
 
 def gap(analysis: Analysis, a: str, b: str, context: Any, setting: str = "independent") -> dict[str, Any] | None:
