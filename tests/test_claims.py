@@ -57,7 +57,8 @@ def analysis(
             )
             effective = band(48, 10) | dict(longest=REACH[name], censored=False)
             found["context"].append(
-                dict(strategy=name, setting=setting, gains=[band(gain, width)], effective=effective, slope=None)
+                dict(strategy=name, setting=setting, seq_len=length, gains=[band(gain, width)])
+                | dict(effective=effective, slope=None)
             )
         for a, b in itertools.combinations(by, 2):
             pair = dict(setting=setting, a=a, b=b)
@@ -327,6 +328,19 @@ def test_that_no_two_differ_in_their_rows_alone_is_said_only_where_none_do(words
     assert alone in evidence_on(words, analysis(shapes=SHAPES | {"balanced": (20, 512)}))
     assert alone in evidence_on(words, analysis(shapes=dict.fromkeys(SHAPES, (16, 512))))
     assert "length" in evidence_on(words, analysis()) and alone not in evidence_on(words, analysis())
+
+
+def test_an_effective_context_that_may_be_longer_is_not_said_to_be_shorter():
+    """balanced was scored up to 384 of the 512 tokens of its rows."""
+    found = analysis()
+    for entry, reached, high in zip(found["context"], (48, 384, 480), (60, 384, 490), strict=True):
+        entry["effective"] |= dict(mean=reached, low=reached, high=high)
+    assert "Longest effective context on text: balanced and long_seq." in evidence_on("whole story", found)
+    found["context"][1]["effective"]["high"] = 383
+    assert "Longest effective context on text: long_seq." in evidence_on("whole story", found)
+    found["context"][1]["effective"]["high"] = 384
+    found["context"][2]["effective"] |= dict(mean=768, low=600, high=768)  # more than balanced can see
+    assert "Longest effective context on text: long_seq." in evidence_on("whole story", found)
 
 
 def test_a_missing_strategy_is_named_where_a_claim_is_about_it():

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from research.analysis import context
+from research.analysis import context, reach
+from research.analysis.statistics import holm
 from research.analysis.study import Arm, Key, Run
 
 DOCUMENTS = np.arange(24).repeat(30)
@@ -131,3 +132,17 @@ def test_a_short_window_has_the_places_that_fit():
     assert context.bin_own(loss, document, place)["icl_means"].shape == (9, 2)
     loss, document, place = windows_of(length=64)
     assert context.bin_own(loss, document, place)["icl_means"].shape == (9, 0)
+
+
+def test_every_two_are_compared_at_their_longest_contexts_and_corrected_together():
+    """Rivals that reach equally far too; all the same where none reaches farther than another."""
+    arms = [arm_of(dict.fromkeys(GRID, 4.0 + i), strategy=n, seq_len=t, noise=1.0) for i, (n, t) in enumerate(REACH)]
+    found = reach.analyse(arms, [24, 48, 96])["pairs"]
+    assert [(p["a"], p["context_a"], p["b"], p["context_b"]) for p in found] == [
+        ("short", 96, "long", 384), ("short", 96, "rival", 384), ("long", 384, "rival", 384),
+    ]  # fmt: skip
+    assert [p["p_holm"] for p in found] == [pytest.approx(p, abs=1e-6) for p in holm([p["p"] for p in found])]
+    assert reach.analyse(arms[1:], [384])["pairs"] == []
+
+
+REACH = [("short", 128), ("long", 512), ("rival", 512)]

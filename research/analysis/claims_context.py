@@ -145,13 +145,17 @@ def _other_winners(analysis: Analysis) -> dict[str, list[str]]:
 
 
 def _most_context(analysis: Analysis) -> list[str]:
-    """By effective contexts: the longest, and those whose intervals overlap its own; none where all do."""
-    effective = {name: e["effective"] for name, e in _curves(analysis).items() if e["effective"]}
-    known = {name: e for name, e in effective.items() if e["low"] is not None}
+    """By effective contexts: the longest, and those whose intervals overlap its own; none where all do.
+
+    An interval that ends at the longest context that was scored may as well end anywhere up to the trained length.
+    """
+    known = {n: c for n, c in _curves(analysis).items() if c["effective"] and c["effective"]["low"] is not None}
     if len(known) < 2:
         return []
-    longest = max(known.values(), key=lambda e: e["mean"])
-    leads = [name for name, e in known.items() if e["high"] >= longest["low"]]
+    found = {name: curve["effective"] for name, curve in known.items()}
+    ends = {n: known[n]["seq_len"] if e["high"] >= e["longest"] else e["high"] for n, e in found.items()}
+    longest = max(found.values(), key=lambda e: e["mean"])
+    leads = [name for name, end in ends.items() if end >= longest["low"]]
     return leads if len(leads) < len(known) else []
 
 

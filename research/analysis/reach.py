@@ -23,16 +23,18 @@ _SEED = 0  # of the resampling: the same documents are drawn everywhere
 def analyse(arms: Sequence[Arm], shared: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
     """{'pairs', 'gains'} of the arms of one setting.
 
-    pairs: loss of `a` at its longest context minus that of `b` at its own, on the same targets, where the two differ;
-    Holm's correction over them. gains: loss at the longest shared context minus that at the strategy's own longest.
+    pairs: loss of `a` at its longest context minus that of `b` at its own, on the same targets; Holm's correction over
+    them. None where all reach equally far: that is what differences are. gains: loss at the longest shared context
+    minus that at the strategy's own longest.
     """
     reaching = {arm.strategy: max((c for c in arm.contexts if arm.within(c)), default=None) for arm in arms}
     known = [arm for arm in arms if reaching[arm.strategy] is not None]
+    unlike = len({reaching[arm.strategy] for arm in known}) > 1
     pairs = []
     for a, b in itertools.combinations(known, 2):
         ends = reaching[a.strategy], reaching[b.strategy]
         seeds = [seed for seed in a.seeds if seed in b.seeds]
-        if seeds and ends[0] != ends[1]:
+        if seeds and unlike:
             entry = dict(setting=a.setting, a=a.strategy, b=b.strategy, context_a=ends[0], context_b=ends[1])
             pairs.append(entry | _compared(_losses(a, ends[0], seeds), _losses(b, ends[1], seeds), a))
     for entry, adjusted in zip(pairs, holm([np.nan if e["p"] is None else e["p"] for e in pairs]), strict=True):
