@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from research.analysis import context, reach
+from research.analysis import context, context_section, reach
 from research.analysis.statistics import holm
 from research.analysis.study import Arm, Key, Run
 
@@ -113,7 +113,7 @@ def test_the_last_position_is_no_bin_of_its_own():
 
 
 def test_in_context_learning_is_the_late_loss_less_the_early():
-    loss, document, place = windows_of(length=520)
+    loss, document, place = windows_of(length=520, count=12)
     arrays = context.bin_own(loss, document, place)
     arm = arm_of(dict.fromkeys(GRID, 4.0))
     for run in arm.runs:
@@ -125,6 +125,18 @@ def test_in_context_learning_is_the_late_loss_less_the_early():
         assert e["mean"] == pytest.approx(around[0] - around[1], abs=1e-5)
         assert e["low"] == pytest.approx(e["high"], abs=1e-5)
     assert [b["to"] for b in entry["window"]][:3] == [1, 3, 7]
+
+
+def test_windows_of_one_text_are_no_sample():
+    """As under the published protocol, where they overlap: a thousand of them would say that all is known."""
+    loss, document, place = windows_of(length=520, count=12)
+    arm = arm_of(dict.fromkeys(GRID, 4.0))
+    for run in arm.runs:
+        run.arrays.update(context.bin_own(loss, 0 * document, place))
+    (entry,) = context.analyse([arm])
+    assert {found["low"] for found in entry["icl"]} == {None}
+    table = context_section.section({"context": [entry]}, {}).tables[1]
+    assert "[no interval]" in table.rows[0][2] and "too few documents" in table.note
 
 
 def test_a_short_window_has_the_places_that_fit():

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from research.analysis.statistics import bootstrap_statistic, hierarchical_bootstrap
+from research.analysis.statistics import MIN_DOCUMENTS, bootstrap_statistic, hierarchical_bootstrap
 
 TOLERANCE = 0.01  # nats a token: less than this is no help any more
 ICL_PLACES = ((500, 50), (200, 20), (100, 10))  # late and early; the first is Olsson et al.'s (2022, arXiv:2209.11895)
@@ -133,7 +133,10 @@ def effective_context(means: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def _on_windows(runs: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Any]:
-    """From binned windows of the trained length; clusters are windows, or documents."""
+    """From binned windows of the trained length; clusters are windows, or documents.
+
+    In-context learning has no interval in fewer than MIN_DOCUMENTS documents: windows are of one text, and may overlap.
+    """
     found: dict[str, Any] = dict(window=[], place=[], icl=[])
     if "window_sums" not in runs[0]:
         return found
@@ -145,19 +148,21 @@ def _on_windows(runs: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Any]:
             if there.any():
                 entry = {"from": 2**b, "to": 2 ** (b + 1) - 1, "targets": int(counts[:, b].sum())}
                 found[name].append(entry | interval(_ratio(sums[:, there, b], counts[there, b])))
+    few = len(runs[0]["place_counts"]) < MIN_DOCUMENTS
     means = np.stack([run["icl_means"] for run in runs])
     fitting = ICL_PLACES[len(ICL_PLACES) - means.shape[2] // 2 :]
     for i, (late, early) in enumerate(fitting):
         gained = means[:, :, 2 * i] - means[:, :, 2 * i + 1]
-        found["icl"].append(dict(late=late, early=early) | interval(_ratio(gained, np.ones(gained.shape[1]))))
+        found["icl"].append(dict(late=late, early=early) | interval(_ratio(gained, np.ones(gained.shape[1]), few)))
     return found
 
 
-def _ratio(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float, float]:
-    """Sum over count, sums [S, clusters], with clusters and seeds resampled."""
+def _ratio(sums: np.ndarray, counts: np.ndarray, few: bool = False) -> tuple[float, float, float]:
+    """Sum over count, sums [S, clusters], with clusters and seeds resampled; without an interval of few."""
     spread = np.broadcast_to(counts, sums.shape)
     arrays = {"sum": sums, "count": spread}
-    return bootstrap_statistic(arrays, np.arange(sums.shape[1]), lambda m: m["sum"] / m["count"], _SEED)
+    clusters = np.arange(sums.shape[1]) * (not few)
+    return bootstrap_statistic(arrays, clusters, lambda m: m["sum"] / m["count"], _SEED)
 
 
 def interval(found: tuple[float, float, float]) -> dict[str, float | None]:

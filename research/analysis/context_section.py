@@ -70,4 +70,6 @@ def _early_and_late(found: list[dict[str, Any]]) -> list[Table]:
         "loss around an earlier one, in nats a token [95 %, seeds and windows]; negative: the model predicts better "
         "later. Of other targets for each place, so with wide intervals. –: longer than the window."
     )
+    if any(i["low"] is None for entry in found for i in entry["icl"]):
+        note += " No interval: the windows are of too few documents, and may overlap."
     return [Table(("strategy", "order", *(f"position {late} - {early}" for late, early in places)), tuple(rows), note)]
