@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from research.analysis import decomposition
+from research.analysis.context import difference
+from research.analysis.statistics import hierarchical_bootstrap
 from research.analysis.study import Arm, Key, Run
 
 DOCUMENTS = np.arange(30).repeat(20)
@@ -30,6 +32,16 @@ def test_context_and_diversity_are_found_and_add_up(rng):
         assert entry[part]["low"] < wanted < entry[part]["high"]
         assert entry[part]["high"] - entry[part]["low"] < 0.2
     assert entry["total"]["mean"] == pytest.approx(entry["context"]["mean"] + entry["diversity"]["mean"], abs=2e-6)
+
+
+def test_a_total_has_the_interval_of_its_difference(rng):
+    """As many draws, the same ones: a report does not say two things of one number."""
+    arms = [arm_of(rng, name, "independent", offset) for name, offset in (("a", 0.0), ("b", 0.1))]
+    paired = [Arm(arm.strategy, "paired", arm.runs) for arm in arms]
+    (entry,) = decomposition.analyse(arms, paired, [96])
+    losses = [np.stack([run.losses[96] for run in arm.runs]) for arm in arms]
+    wanted = difference(hierarchical_bootstrap(*losses, DOCUMENTS, 0))
+    assert entry["total"] == pytest.approx({name: wanted[name] for name in ("mean", "low", "high")}, abs=2e-6)
 
 
 def test_only_seeds_that_all_four_have_are_used(rng):

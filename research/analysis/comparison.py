@@ -14,7 +14,6 @@ from research.analysis.study import Arm, Run, arms
 LEVEL = 0.05  # of a report's comparisons together, by Holm's correction
 RESOLUTIONS = (0.1, 0.03, 0.01)  # nats a token, of the power lines
 _SEED = 0  # of the resampling: the same documents are drawn for every pair
-_RESAMPLES = 10_000
 
 
 def analyse(runs: Sequence[Run]) -> dict[str, Any]:
@@ -122,7 +121,7 @@ def _difference(a: Arm, b: Arm, context_: int, seeds: Sequence[int]) -> dict[str
     documents = a.runs[0].arrays["document"]
     return (
         dict(setting=a.setting, context=context_, a=a.strategy, b=b.strategy)
-        | difference(hierarchical_bootstrap(*losses, documents, _SEED, _RESAMPLES))
+        | difference(hierarchical_bootstrap(*losses, documents, _SEED))
         | dict(sd=_sd((losses[0] - losses[1]).mean(axis=1, dtype=np.float64)))
     )
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from research.analysis.context import interval
 from research.analysis.page import Section, Table
-from research.analysis.statistics import bootstrap_statistic
+from research.analysis.statistics import RESAMPLES, bootstrap_statistic
 from research.analysis.study import Arm
 
 PARTS = ("total", "context", "diversity")
@@ -44,7 +44,7 @@ def analyse(independent: Sequence[Arm], paired: Sequence[Arm], shared: Sequence[
                 b=b,
                 seeds=seeds,
                 **{
-                    part: interval(bootstrap_statistic(losses, documents, _statistic(part, a, b), _SEED))
+                    part: interval(bootstrap_statistic(losses, documents, _statistic(part, a, b), _SEED, RESAMPLES))
                     for part in PARTS
                 },
             )
