@@ -69,6 +69,14 @@ def test_beyond_the_trained_length_is_in_the_curve_and_nowhere_else():
     assert max(g["to"] for g in entry["gains"]) == 192 == entry["effective"]["longest"]
 
 
+def test_a_context_is_within_the_trained_length_as_it_was_evaluated():
+    """Windows of short runs of targets are shorter than 1.25 times the context: 96 fit in 100 where runs are of 4."""
+    arm = arm_of({24: 4.0, 96: 4.0}, seq_len=100)
+    assert [arm.within(c) for c in (80, 96)] == [True, False]
+    arm.first["eval"] = {"contexts": {"80": {"beyond": True}, "96": {"beyond": False}}}
+    assert [arm.within(c) for c in (80, 96)] == [False, True]
+
+
 def test_the_difference_from_the_longest_strategy_is_paired():
     """Targets differ by a nat, documents too: the interval of a constant difference is nothing all the same."""
     short = arm_of(dict.fromkeys(GRID, 4.0), strategy="bb", seq_len=128)

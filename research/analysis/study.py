@@ -92,8 +92,9 @@ class Arm:
         return sorted(set.intersection(*(set(run.losses) for run in self.runs)))
 
     def within(self, context: int) -> bool:
-        """Whether windows of a context, which reach to 1.25 times it, fit in the trained length."""
-        return 5 * context // 4 <= self.first["seq_len"]
+        """Whether windows of a context fit in the trained length: as evaluated; else if 1.25 times the context does."""
+        scored = self.first.get("eval", {}).get("contexts", {}).get(str(context))
+        return not scored["beyond"] if scored else 5 * context // 4 <= self.first["seq_len"]
 
 
 def arms(runs: Sequence[Run], setting: str) -> list[Arm]:
