@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from research.analysis import claims, comparison
+from research.analysis import claims, comparison, evidence
 from research.analysis.page import VERDICTS
 
 HOLDS, CONDITIONS, FAILS, UNTESTED = VERDICTS
@@ -341,6 +341,18 @@ def test_an_effective_context_that_may_be_longer_is_not_said_to_be_shorter():
     found["context"][1]["effective"]["high"] = 384
     found["context"][2]["effective"] |= dict(mean=768, low=600, high=768)  # more than balanced can see
     assert "Longest effective context on text: long_seq." in evidence_on("whole story", found)
+
+
+@pytest.mark.parametrize(("seeds", "share"), [((2, 3), "20.0%"), ((3, 3), "10.0%"), ((3, 5), "3.6%"), ((5, 5), "0.8%")])
+def test_how_often_ranges_are_apart_by_chance_is_counted(seeds, share, rng):
+    assert share in evidence.by_chance(*seeds)
+    orders = [rng.permutation(sum(seeds)) for _ in range(4000)]
+    apart = [evidence.apart(o[: seeds[0]], o[seeds[0] :]) is not None for o in orders]
+    if min(seeds) >= evidence.MIN_SEEDS:
+        assert abs(sum(apart) / 4000 - float(share[:-1]) / 100) < 0.015
+    found = analysis(seeds=5)
+    assert "5 and 5 seeds that do not differ are apart 0.8% of the time" in evidence_on("converges faster", found)
+    assert "apart 0.8% of the time" in evidence_on("higher final loss", found)
 
 
 def test_a_missing_strategy_is_named_where_a_claim_is_about_it():

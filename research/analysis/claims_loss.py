@@ -42,7 +42,14 @@ def _placed(analysis: Analysis, strategy: str, sign: int, word: str) -> Judged:
     for answer, said in ((True, f"It is {word}"), (False, f"It is not {word}"), (None, "Undecided")):
         if places := [name for name, given in answers.items() if given is answer]:
             text += f" {said}: {listed(places)}."
+    if answers["equal train seconds"] is not None:
+        text += f" At equal train seconds by seeds alone: {_fewest(analysis)}"
     return verdict, f"{text} {own_lengths(analysis)}"
+
+
+def _fewest(analysis: Analysis) -> str:
+    """How often the ranges of the two strategies of the fewest seeds would be apart by chance."""
+    return evidence.by_chance(*sorted(len(arm["seeds"]) for arm in arms(analysis).values())[:2])
 
 
 def _gaps(analysis: Analysis, strategy: str, context: int, setting: str) -> list[dict[str, Any] | None]:
@@ -104,6 +111,8 @@ def falls_fastest(analysis: Analysis) -> Judged:
     text += "".join(f" {sentence}" for sentence in (_reaches(curves, name) for name in curves) if sentence)
     if evidence.judge(answers) == UNTESTED:
         text += f" Not every seed agrees, or fewer than {evidence.MIN_SEEDS} are measured."
+    else:
+        text += f" {_fewest(analysis)}"
     return evidence.judge(answers), text
 
 
