@@ -9,7 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from research.analysis import claims, comparison, context_figures, figures, findings, study, tables
+from research.analysis import (
+    claims,
+    comparison,
+    context_figures,
+    context_section,
+    decomposition,
+    figures,
+    findings,
+    recall,
+    study,
+    tables,
+)
 from research.analysis.style import styles_of
 from tests.fake_runs import MERITS, write_study
 
@@ -128,6 +139,25 @@ def test_one_seed_is_said_to_be_one():
     assert all(d["seeds"] == 1 and d["sd"] is None for d in found["differences"])
     assert found["power"] == [] and any("One seed of" in warning for warning in found["warnings"])
     assert all(entry["sd"] is None for arm in found["arms"] for entry in arm["contexts"].values())
+
+
+@pytest.mark.parametrize("seeds", [[42], [42, 43]])
+def test_every_table_of_one_seed_says_that_no_interval_holds_it(seeds):
+    found = copy.deepcopy(analysed("independent", "paired", "recall"))
+    for entry in (*found["context"], *found["decomposition"], *found["recall"]):
+        entry["seeds"] = seeds
+    pair = dict(setting="independent", a="x", b="y", context_a=96, context_b=384, mean=0.1, low=0.0, high=0.2)
+    found["reach"] = dict(pairs=[pair | dict(p_holm=0.5, shown=False, seeds=len(seeds))], gains=[])
+    parts = [part.section(found) for part in (decomposition, recall)] + [context_section.section(found, {})]
+    notes = [table.note for section in parts for table in section.tables]
+    assert len(notes) == 1 + 2 + 3
+    for note in notes:
+        assert ("no interval holds the choice of it" in note) == (len(seeds) == 1)
+        assert "seeds and" not in note or len(seeds) > 1
+
+
+def test_that_some_have_one_seed_is_said():
+    assert decomposition.sampled([1, 3]) == "95 %, seeds and documents; documents alone where there is one seed"
 
 
 def test_a_missing_seed_is_a_warning_and_in_no_mean(tmp_path):

@@ -5,7 +5,7 @@ from typing import Any
 
 from research.analysis import reach
 from research.analysis.context import TOLERANCE
-from research.analysis.decomposition import signed
+from research.analysis.decomposition import sampled, signed
 from research.analysis.page import Picture, Section, Table
 
 PICTURES = ("curves", "matrix", "places")
@@ -43,7 +43,8 @@ def _use(found: list[dict[str, Any]]) -> Table:
             )
         )
     note = (
-        "Nats a token [95 %, seeds and documents]; a gain is loss with the shorter context minus loss with the longer. "
+        f"Nats a token [{sampled(len(e['seeds']) for e in found)}]; a gain is loss with the shorter context minus loss "
+        "with the longer. "
         f"Effective context: the shortest from which no longer one gains more than {TOLERANCE} nats a token; ≥ where "
         "that is the longest that was scored within the trained length."
     )
@@ -65,9 +66,10 @@ def _early_and_late(found: list[dict[str, Any]]) -> list[Table]:
     for entry in found:
         scores = {(i["late"], i["early"]): signed(i) for i in entry["icl"]}
         rows.append((entry["strategy"], entry["setting"], *(scores.get(place, "–") for place in places)))
+    windows = sampled(len(entry["seeds"]) for entry in found).replace("documents", "windows")
     note = (
         "In-context-learning score (Olsson et al. 2022, arXiv:2209.11895): loss around one position of a window less "
-        "loss around an earlier one, in nats a token [95 %, seeds and windows]; negative: the model predicts better "
+        f"loss around an earlier one, in nats a token [{windows}]; negative: the model predicts better "
         "later. Of other targets for each place, so with wide intervals. –: longer than the window."
     )
     if any(i["low"] is None for entry in found for i in entry["icl"]):

@@ -6,7 +6,7 @@ the rest of the difference is the effect of diversity.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,7 +73,7 @@ def section(analysis: dict[str, Any]) -> Section | None:
     rows = tuple((f"{e['at']:,}", f"{e['a']} - {e['b']}", *(signed(e[part]) for part in PARTS)) for e in entries)
     columns = ("context", "difference", "total", "of which: context", "of which: diversity")
     note = (
-        "Nats a token [95 %, seeds and documents resampled together]. Total: under independent order. Context: under "
+        f"Nats a token [{sampled(len(e['seeds']) for e in entries)}]. Total: under independent order. Context: under "
         "paired order, where each step of both sees the same tokens. Diversity: the rest."
     )
     text = (
@@ -82,6 +82,14 @@ def section(analysis: dict[str, Any]) -> Section | None:
         "step takes the second away."
     )
     return Section("Context or diversity?", text, (Table(columns, rows, note),))
+
+
+def sampled(seeds: Iterable[int]) -> str:
+    """What intervals hold, where estimates are over so many seeds each: for a table's note."""
+    single = {count < 2 for count in seeds}
+    if single == {True}:
+        return "95 %, documents; of one seed, so no interval holds the choice of it"
+    return "95 %, seeds and documents" + ("; documents alone where there is one seed" if True in single else "")
 
 
 def signed(entry: dict[str, Any]) -> str:

@@ -102,4 +102,6 @@ def _table(found: Sequence[dict[str, Any]], suite: str) -> Table:
         f"Accuracy, {of}, in {SUITES[suite]}; chance is {found[0]['chance']:.1%}. "
         f"Answers a cell: {found[0][suite][0]['answers']:,} or so."
     )
+    if len(found[0]["seeds"]) < 2:
+        note += " Of one seed: no interval holds the choice of it, and seeds differ by far more than answers."
     return Table(("strategy", "trained at", *(f"{a:,} to {b:,}" for a, b in bins)), rows, note)
