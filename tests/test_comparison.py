@@ -22,6 +22,7 @@ from research.analysis import (
     tables,
 )
 from research.analysis.style import styles_of
+from research.config import ConfigError
 from tests.fake_runs import MERITS, write_study
 
 
@@ -168,6 +169,18 @@ def test_a_missing_seed_is_a_warning_and_in_no_mean(tmp_path):
     assert {arm["strategy"]: arm["seeds"] for arm in found["arms"]}["balanced"] == [1, 2]
     seeds = {(d["a"], d["b"]): d["seeds"] for d in found["differences"]}
     assert seeds["large_batch", "balanced"] == 2 and seeds["large_batch", "long_seq"] == 3
+
+
+def test_a_loss_that_is_no_number_is_one_line_that_names_it(tmp_path):
+    keys = write_study(tmp_path, seeds=(1,))
+    path = tmp_path / keys[0].name / "heldout_losses.npz"
+    with np.load(path) as file:
+        arrays = dict(file)
+    arrays["loss_96"][7] = np.nan
+    np.savez(path, **arrays)
+    with pytest.raises(ConfigError, match="heldout_losses.npz cannot be read .loss_96 holds a number that") as error:
+        study.collect(tmp_path, keys, {})
+    assert keys[0].name in str(error.value) and "\n" not in str(error.value)
 
 
 def test_leaking_losses_are_marked_and_have_floors(tmp_path):

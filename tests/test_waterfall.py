@@ -316,6 +316,19 @@ def test_another_kind_of_results_is_refused(tmp_path, capsys):
     assert "not a waterfall's" in capsys.readouterr().err
 
 
+def test_a_loss_that_is_no_number_is_one_line(finished, tmp_path, capsys):
+    shutil.copy(finished / "report" / "results.json", tmp_path / "results.json")
+    with np.load(finished / "report" / "heldout_losses.npz") as file:
+        losses = dict(file)
+    name = next(name for name in losses if name.endswith("/loss"))
+    losses[name][3] = np.nan
+    np.savez(tmp_path / "heldout_losses.npz", **losses)
+    assert script.main([f"--workdir={tmp_path}", "--report_only"]) == 2
+    error = capsys.readouterr().err
+    assert f"heldout_losses.npz cannot be read ({name} holds a number that is not finite)" in error
+    assert error.count("\n") == 1 and not (tmp_path / "report.md").exists()
+
+
 def test_runs_of_other_targets_are_refused(finished, tmp_path):
     """A corpus that has changed between two runs of one study: its losses are not compared."""
     shutil.copytree(finished, tmp_path / "study")

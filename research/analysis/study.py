@@ -306,9 +306,18 @@ def read_json(path: Path) -> dict[str, Any]:
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path) as file:
-            return dict(file)
+            arrays = dict(file)
+        refuse_nan(arrays)
+        return arrays
     except Exception as error:  # numpy, zipfile and zlib each raise their own
         raise _damaged(path, f"cannot be read ({error})") from None
+
+
+def refuse_nan(arrays: Mapping[str, np.ndarray]) -> None:
+    """Raises: ValueError naming the first array that holds a number that is not finite."""
+    for name, array in arrays.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise ValueError(f"{name} holds a number that is not finite")
 
 
 def _damaged(path: Path, problem: str) -> ConfigError:

@@ -16,6 +16,7 @@ import numpy as np
 
 from research import files
 from research.analysis import original, statistics, waterfall_report
+from research.analysis.study import refuse_nan
 from research.config import ConfigError
 
 FINISHED, DIVERGED, MISSING = "finished", "diverged", "missing"
@@ -106,6 +107,7 @@ def write(folder: Path) -> dict[str, Any]:
     try:
         with np.load(folder / "heldout_losses.npz") as file:
             losses = dict(file)
+        refuse_nan(losses)
     except Exception as error:  # numpy, zipfile and zlib each raise their own
         raise ConfigError("--workdir", str(folder), f"heldout_losses.npz cannot be read ({error})") from None
     results["analysis"] = {"waterfall": analyse(results["study"], results["runs"], losses)}
