@@ -15,6 +15,7 @@ from research.analysis import (
     context_figures,
     context_section,
     decomposition,
+    evidence,
     figures,
     findings,
     recall,
@@ -229,6 +230,33 @@ def test_the_paragraph_says_what_the_numbers_say():
     assert "Recalled at distances of 512 to 1,023 tokens (chance 3.1%" in text
     assert "in windows of the trained length: large_batch 2% (" in text and "long_seq 100% (" in text
     assert "balanced gains 0." in text
+
+
+def test_who_gains_from_context_is_asked_of_the_order_that_claims_are_judged_in():
+    found = copy.deepcopy(analysed("independent", "paired", "recall"))
+    for entry in found["context"]:
+        for gain in entry["gains"]:
+            gain["mean"] = 0.01 if entry["setting"] == "independent" else 0.5
+    assert "No strategy gains" in findings.paragraph(found) and evidence.little_context(found)
+    for entry in found["context"]:
+        for gain in entry["gains"]:
+            gain["mean"] = 0.5 if entry["setting"] == "independent" else 0.01
+    assert "No strategy gains" not in findings.paragraph(found) and not evidence.little_context(found)
+
+
+@pytest.mark.parametrize("first", ["large_batch", "long_seq"])
+def test_the_ends_of_a_distance_rise_whoever_is_named_first(first):
+    found = copy.deepcopy(analysed("independent", "paired", "recall"))
+    (entry,) = [
+        d
+        for d in found["differences"]
+        if d["setting"] == "independent" and {d["a"], d["b"]} == {"large_batch", "long_seq"}
+    ]
+    if entry["a"] != first:
+        entry |= evidence.turned(entry)
+    near, far = sorted(abs(entry[end]) for end in ("low", "high"))
+    assert near < far
+    assert f"{abs(entry['mean']):.3f} below long_seq [{near:.3f}, {far:.3f}]" in findings.same_targets(found)[0]
 
 
 def test_paired_runs_alone_are_not_said_to_share_nothing():

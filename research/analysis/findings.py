@@ -76,9 +76,9 @@ def why(analysis: dict[str, Any]) -> list[str]:
 
 def more_context(analysis: dict[str, Any]) -> list[str]:
     """How much each strategy gains from the longest context it was trained at, and from where on nothing."""
-    said = []
-    for entry in analysis["context"]:
-        if entry["setting"] != "independent" or entry["effective"] is None:
+    said, independent = [], [entry for entry in analysis["context"] if entry["setting"] == "independent"]
+    for entry in independent:
+        if entry["effective"] is None:
             continue
         gain = entry["gains"][-1]
         how = "gains" if gain["shown"] and gain["mean"] > 0 else "loses" if gain["shown"] else "is not shown to gain"
@@ -90,7 +90,7 @@ def more_context(analysis: dict[str, Any]) -> list[str]:
     if not said:
         return []
     sentences = ["With more context, " + "; ".join(said) + "."]
-    most = max(gain["mean"] for entry in analysis["context"] for gain in entry["gains"][-1:])
+    most = max(gain["mean"] for entry in independent for gain in entry["gains"][-1:])
     if most < LITTLE:
         sentences.append(
             f"No strategy gains {LITTLE} nats a token from context: with so little training none has learnt to use it, "
