@@ -19,6 +19,7 @@ from experiments.ablation import STRATEGIES as ABLATION_STRATEGIES
 from experiments.child import Interrupted
 from experiments.flags import load_config
 from research.analysis import markup, waterfall, waterfall_report
+from research.analysis.statistics import holm
 from research.config import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -222,6 +223,26 @@ def test_the_ranking_changes_where_it_was_made_to(finished):
     assert [pair["seeds"] for pair in stages[6]["pairs"]] == [[43, 44]] * 3
     assert all(42 not in row["seeds"] for row in stages[6]["rows"])
     assert [row["sd"] is not None for row in stages[6]["rows"]] == [True] * 3
+
+
+def test_a_stage_without_a_ranking_is_not_said_to_have_kept_it(finished):
+    found = json.loads((finished / "report" / "results.json").read_text())["analysis"]["waterfall"]
+    found["stages"] = found["stages"][1:]  # those of one ranking
+    assert "It stays so at every later stage." in waterfall_report.summary(found)
+    number = found["stages"][2]["number"]
+    found["stages"][2]["order"] = []
+    said = waterfall_report.summary(found)
+    assert "It stays so at every later stage that has a ranking." in said
+    assert f"No ranking, for want of a strategy: stage {number}." in said
+
+
+def test_holm_is_over_the_pairs_of_a_stage(finished):
+    found = json.loads((finished / "report" / "results.json").read_text())["analysis"]["waterfall"]
+    for stage in found["stages"][2:]:
+        adjusted = holm([pair["p"] for pair in stage["pairs"]])
+        assert len(adjusted) == 3 and [pair["p_holm"] for pair in stage["pairs"]] == pytest.approx(adjusted, abs=2e-6)
+        assert sum(adjusted) > sum(pair["p"] for pair in stage["pairs"])
+        assert [pair["shown"] for pair in stage["pairs"]] == [p < 0.05 for p in adjusted]
 
 
 def test_the_floor_stands_beside_every_leaking_number(finished):

@@ -86,8 +86,11 @@ def summary(found: Mapping[str, Any]) -> str:
         elif before["order"] != stage["order"]:
             doubt = "; ".join(f"{p['a']} and {p['b']}" for p in stage["pairs"] if not p["shown"])
             said.append(f"It changes at {place}: {_order(stage)}{doubt and f' (no difference shown: {doubt})'}.")
+    unranked = [f"stage {s['number']}" for s in found["stages"] if not s["order"]]
     if len(said) == 1 and len(known) > 1:
-        said.append("It stays so at every later stage.")
+        said.append(f"It stays so at every later stage{' that has a ranking' if unranked else ''}.")
+    if unranked:
+        said.append(f"No ranking, for want of a strategy: {', '.join(unranked)}.")
     last = known[-1]
     if last["order_longest"] not in ([], last["order"]):
         longest = sorted(last["rows"], key=lambda row: row["longest_loss"])
