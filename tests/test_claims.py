@@ -355,6 +355,15 @@ def test_how_often_ranges_are_apart_by_chance_is_counted(seeds, share, rng):
     assert "apart 0.8% of the time" in evidence_on("higher final loss", found)
 
 
+def test_seeds_whose_ranges_meet_are_not_apart_at_equal_seconds():
+    found = analysis(losses=LONG)
+    (equal,) = found["budgets"]["equal"]
+    assert "It is highest: independent order and equal train seconds." in evidence_on("higher final loss", found)
+    equal["losses"]["large_batch"]["low"] = equal["losses"]["balanced"]["high"]
+    said = evidence_on("higher final loss", found)
+    assert "It is highest: independent order." in said and "Undecided: equal train seconds." in said
+
+
 def test_a_missing_strategy_is_named_where_a_claim_is_about_it():
     found = analysis()
     found["arms"] = [arm for arm in found["arms"] if arm["strategy"] != "balanced"]

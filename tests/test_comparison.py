@@ -22,6 +22,7 @@ from research.analysis import (
     study,
     tables,
 )
+from research.analysis.study import Key
 from research.analysis.style import styles_of
 from research.config import ConfigError
 from tests.fake_runs import MERITS, write_study
@@ -182,6 +183,39 @@ def test_a_loss_that_is_no_number_is_one_line_that_names_it(tmp_path):
     with pytest.raises(ConfigError, match="heldout_losses.npz cannot be read .loss_96 holds a number that") as error:
         study.collect(tmp_path, keys, {})
     assert keys[0].name in str(error.value) and "\n" not in str(error.value)
+
+
+def arm_of(strategy: str, losses: dict[int, float]) -> Arm:
+    """Runs by seed, of one loss each at context 96 and at own length."""
+    runs = []
+    for seed, loss in losses.items():
+        arrays = {"loss_96": np.full(24, loss) + np.linspace(-1, 1, 24), "document": np.arange(24) // 3}
+        result = dict(seq_len=512, eval=dict(own=dict(loss=loss), contexts={}))
+        runs.append(Run(Key(strategy, "independent", seed), "finished", result, {}, (), arrays))
+    return Arm(strategy, "independent", tuple(runs))
+
+
+def test_a_difference_is_of_the_seeds_that_both_have():
+    """Seeds move all strategies alike: by 10, 20 and 30 nats."""
+    arms = [arm_of("a", {1: 10, 2: 20, 3: 30}), arm_of("b", {2: 20.5, 3: 30.7}), arm_of("c", {9: 0.0})]
+    (entry,) = comparison.differences(arms, [96])
+    assert (entry["a"], entry["b"], entry["seeds"]) == ("a", "b", 2)
+    assert entry["mean"] == pytest.approx(-0.6) and entry["sd"] == pytest.approx(np.std([0.5, 0.7], ddof=1), abs=1e-6)
+
+
+def test_a_ranking_is_shown_where_all_of_its_neighbours_differ():
+    arms = [arm_of(name, {1: loss}) for name, loss in (("b", 2.0), ("a", 1.0), ("c", 3.0))]
+
+    def shown(*pairs: bool) -> dict:
+        compared = [
+            dict(setting="independent", context=96, a=a, b=b, shown=s)
+            for (a, b), s in zip(("ab", "cb"), pairs, strict=False)
+        ]
+        return {r["measure"]: r["shown"] for r in comparison.rankings(arms, [96], compared)}
+
+    assert [r["order"] for r in comparison.rankings(arms, [96], [])] == [["a", "b", "c"]] * 2
+    assert shown(True, True) == {"own": False, "96": True}  # lengths of their own are not compared
+    assert shown(True, False) == shown(False, True) == shown() == {"own": False, "96": False}
 
 
 def test_leaking_losses_are_marked_and_have_floors(tmp_path):

@@ -203,6 +203,20 @@ def test_without_an_effect_of_seeds_it_is_the_interval_over_documents():
     np.testing.assert_allclose([again.low, again.high], [alone.low, alone.high], atol=0.06 * (alone.high - alone.low))
 
 
+def test_documents_of_unlike_length_are_as_many_as_they_weigh():
+    """Two of 60 targets and ten of 12 weigh as much as 240^2 / 8640 = 6.7 of one length: 5.7 degrees of freedom."""
+    documents = np.repeat(np.arange(12), [60, 60] + 10 * [12])
+    rng = np.random.default_rng(16)
+    loss = rng.normal(0, 0.3, 12)[documents]
+    drawn = rng.multinomial(12, np.full(12, 1 / 12), 50_000)
+    sums, counts = np.bincount(documents, loss), np.bincount(documents)
+    spread = np.std((drawn @ sums) / (drawn @ counts))
+    found = hierarchical_bootstrap(np.stack([loss] * 3), np.zeros((3, loss.size)), documents, 0, 50_000)
+    effective = 240**2 / 8640
+    half = stats.t.ppf(0.975, effective - 1) * np.sqrt(effective / (effective - 1)) * spread
+    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.06)
+
+
 def test_one_seed_is_documents_alone():
     a, b, documents = study(np.random.default_rng(7), 1, 30, **MIXED)
     alone = paired_bootstrap(a[0], b[0], documents, 5, 500)
