@@ -351,7 +351,7 @@ def test_how_often_ranges_are_apart_by_chance_is_counted(seeds, share, rng):
     if min(seeds) >= evidence.MIN_SEEDS:
         assert abs(sum(apart) / 4000 - float(share[:-1]) / 100) < 0.015
     found = analysis(seeds=5)
-    assert "5 and 5 seeds that do not differ are apart 0.8% of the time" in evidence_on("converges faster", found)
+    assert "5 and 5 seeds of one strategy are apart 0.8% of the time" in evidence_on("converges faster", found)
     assert "apart 0.8% of the time" in evidence_on("higher final loss", found)
 
 

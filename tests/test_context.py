@@ -48,6 +48,15 @@ def test_effective_context_is_where_the_curve_goes_flat(end):
     assert entry_of(curve, noise=0.001, seq_len=2048)["effective"]["mean"] == end
 
 
+def test_what_claims_are_read_off_is_drawn_as_often_as_differences():
+    """A slope between two contexts is half of a difference, to the last draw."""
+    arm = arm_of({24: 4.0, 96: 3.8}, noise=0.5)
+    (entry,) = context.analyse([arm])
+    (gain,) = entry["gains"]
+    ends = [entry["slope"][end] for end in ("mean", "low", "high")]
+    assert ends == pytest.approx([gain[end] / 2 for end in ("mean", "low", "high")], abs=2e-6)
+
+
 def test_what_ignores_context_has_a_flat_curve():
     entry = entry_of(dict.fromkeys(GRID, 4.0), noise=0.05)
     assert entry["effective"]["mean"] == 24 and not entry["effective"]["censored"]

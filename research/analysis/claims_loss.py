@@ -43,7 +43,7 @@ def _placed(analysis: Analysis, strategy: str, sign: int, word: str) -> Judged:
         if places := [name for name, given in answers.items() if given is answer]:
             text += f" {said}: {listed(places)}."
     if answers["equal train seconds"] is not None:
-        text += f" At equal train seconds by seeds alone: {_fewest(analysis)}"
+        text += f" At equal train seconds by seeds alone: {_fewest(analysis)}."
     return verdict, f"{text} {own_lengths(analysis)}"
 
 
@@ -112,7 +112,7 @@ def falls_fastest(analysis: Analysis) -> Judged:
     if evidence.judge(answers) == UNTESTED:
         text += f" Not every seed agrees, or fewer than {evidence.MIN_SEEDS} are measured."
     else:
-        text += f" {_fewest(analysis)}"
+        text += f" By seeds alone: {_fewest(analysis)}."
     return evidence.judge(answers), text
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from research.analysis.statistics import MIN_DOCUMENTS, bootstrap_statistic, hierarchical_bootstrap
+from research.analysis.statistics import MIN_DOCUMENTS, RESAMPLES, bootstrap_statistic, hierarchical_bootstrap
 
 TOLERANCE = 0.01  # nats a token: less than this is no help any more
 ICL_PLACES = ((500, 50), (200, 20), (100, 10))  # late and early; the first is Olsson et al.'s (2022, arXiv:2209.11895)
@@ -104,8 +104,8 @@ def _on_targets(arm: Any) -> dict[str, Any]:
     ]
     found = dict(curve=curve, gains=gains, slope=None, effective=None)
     if len(within) > 1:
-        found["slope"] = interval(bootstrap_statistic(_named(within), documents, slope_per_doubling, _SEED))
-        effective = interval(bootstrap_statistic(_named(within), documents, effective_context, _SEED))
+        found["slope"] = interval(bootstrap_statistic(_named(within), documents, slope_per_doubling, _SEED, RESAMPLES))
+        effective = interval(bootstrap_statistic(_named(within), documents, effective_context, _SEED, RESAMPLES))
         found["effective"] = effective | dict(longest=max(within), censored=effective["mean"] == max(within))
     return found
 

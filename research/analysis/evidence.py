@@ -99,14 +99,12 @@ def apart(lower: Collection[float], higher: Collection[float]) -> bool | None:
 
 
 def by_chance(*seeds: int) -> str:
-    """The sentence that says how often the ranges of so many seeds of two alike arms are apart, either way round.
+    """The words that say how often the ranges of so many seeds of one strategy are apart, either way round.
 
     2 of all orders: 10 % with 3 seeds each.
     """
     orders = math.comb(sum(seeds), seeds[0])
-    return (
-        f"Ranges of {listed([str(n) for n in seeds])} seeds that do not differ are apart {2 / orders:.1%} of the time."
-    )
+    return f"ranges of {listed([str(n) for n in seeds])} seeds of one strategy are apart {2 / orders:.1%} of the time"
 
 
 def judge(answers: Sequence[bool | None]) -> str:

@@ -14,7 +14,7 @@ from scipy import stats
 # With n documents, the widest interval that resampling gives (lowest to highest document) covers a
 # symmetric error with probability 1 - 2 / 2^n; below 6 documents that is less than 95 %.
 MIN_DOCUMENTS = 6
-RESAMPLES = 10_000  # of what a claim is read off; a fifth of it does for the bands of a figure
+RESAMPLES = 10_000  # of what a claim is read off; a fifth of it for curves and places, which are many
 _BLOCK = 4_000_000  # draws in memory at once
 
 Statistic = Callable[[dict[str, np.ndarray]], np.ndarray]
