@@ -262,6 +262,13 @@ def test_seeds_whose_ranges_meet_are_not_apart_at_equal_seconds():
     assert "It is highest: independent order." in said and "Undecided: equal train seconds." in said
 
 
+def test_the_longest_rows_are_ahead_of_all_only_where_all_are_compared():
+    found = analysis(full=LONG)
+    assert verdict_on("understanding of extended", found) == HOLDS
+    found["reach"]["pairs"] = [p for p in found["reach"]["pairs"] if {p["a"], p["b"]} != {"large_batch", "long_seq"}]
+    assert verdict_on("understanding of extended", found) == UNTESTED
+
+
 def test_a_missing_strategy_is_named_where_a_claim_is_about_it():
     found = analysis()
     found["arms"] = [arm for arm in found["arms"] if arm["strategy"] != "balanced"]

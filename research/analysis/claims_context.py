@@ -90,7 +90,8 @@ def _at_full_reach(analysis: Analysis, setting: str) -> tuple[bool | None, str]:
         return None, ""
     gaps = [p if p["a"] == known[-1] else _turned(p) for p in entries]
     parts = (f"{p['a']} at {p['context_a']:,} minus {p['b']} at {p['context_b']:,} {evidence.said(p)}" for p in gaps)
-    return evidence.extreme(gaps, -1), "; ".join(parts)
+    apart = [None] * (len(known) - 1 - len(gaps))  # of no seed in common: not compared
+    return evidence.extreme([*gaps, *apart], -1), "; ".join(parts)
 
 
 def _turned(pair: Mapping[str, Any]) -> dict[str, Any]:
