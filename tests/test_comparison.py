@@ -22,7 +22,7 @@ from research.analysis import (
     study,
     tables,
 )
-from research.analysis.study import Key
+from research.analysis.study import Arm, Key, Run
 from research.analysis.style import styles_of
 from research.config import ConfigError
 from tests.fake_runs import MERITS, write_study

@@ -135,11 +135,12 @@ def effective_context(means: Mapping[str, np.ndarray]) -> np.ndarray:
 def _on_windows(runs: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Any]:
     """From binned windows of the trained length; clusters are windows, or documents.
 
-    In-context learning has no interval in fewer than MIN_DOCUMENTS documents: windows are of one text, and may overlap.
+    Windows of fewer than MIN_DOCUMENTS documents have no intervals: they are of one text, and may overlap.
     """
     found: dict[str, Any] = dict(window=[], place=[], icl=[])
     if "window_sums" not in runs[0]:
         return found
+    few = len(runs[0]["place_counts"]) < MIN_DOCUMENTS
     for name in ("window", "place"):
         counts = runs[0][f"{name}_counts"]
         sums = np.stack([run[f"{name}_sums"] for run in runs])
@@ -147,8 +148,7 @@ def _on_windows(runs: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Any]:
             there = counts[:, b] > 0
             if there.any():
                 entry = {"from": 2**b, "to": 2 ** (b + 1) - 1, "targets": int(counts[:, b].sum())}
-                found[name].append(entry | interval(_ratio(sums[:, there, b], counts[there, b])))
-    few = len(runs[0]["place_counts"]) < MIN_DOCUMENTS
+                found[name].append(entry | interval(_ratio(sums[:, there, b], counts[there, b], few)))
     means = np.stack([run["icl_means"] for run in runs])
     fitting = ICL_PLACES[len(ICL_PLACES) - means.shape[2] // 2 :]
     for i, (late, early) in enumerate(fitting):

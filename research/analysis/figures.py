@@ -66,7 +66,9 @@ def budgets_figure(analysis: dict[str, Any], styles: Styles) -> Figure:
         panels, ("tokens", "flops", "seconds"), ("tokens", "training FLOPs", "train time (s)"), strict=True
     ):
         for curve in found["curves"][axis]:
-            x, y = np.array(curve["x"][0]), np.array(curve["y"])
+            runs = [dict(zip(*run, strict=True)) for run in zip(curve["x"], curve["y"], strict=True)]
+            x = sorted(set.intersection(*map(set, runs)))  # where every seed was evaluated
+            y = np.array([[run[at] for at in x] for run in runs])
             style = styles[curve["strategy"]]
             axes.plot(x, y.mean(axis=0), label=name_of(arms[curve["strategy"]]), markeredgecolor="white", **style)
             axes.fill_between(x, y.min(axis=0), y.max(axis=0), color=style["color"], alpha=0.18, lw=0)
