@@ -71,6 +71,7 @@ def main(
         if arguments.dry_run:
             print("\n".join(shlex.join(run.command(train, arguments.workdir)) for run in planned))
             return 0
+        _recorded(arguments.workdir)  # a damaged one is said before anything runs
         # In a child, so that this process holds no accelerator while the runs need it.
         if code := run_child([*check, *argv]):
             return code

@@ -255,6 +255,9 @@ def test_a_damaged_file_is_named_in_one_line_and_stays(tmp_path, capsys, name, c
     assert ablation(tmp_path, "--report_only") == 2
     error = capsys.readouterr().err
     assert name in error and error.count("\n") == 1 and (tmp_path / name).read_text() == content
+    if name == "ablation.json":  # nor is anything run before it is seen
+        assert ablation(tmp_path) == 2
+        assert capsys.readouterr().err == error and len([*tmp_path.iterdir()]) == 2
 
 
 def test_a_seed_that_is_given_twice_is_one(tmp_path, capsys):
