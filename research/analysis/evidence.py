@@ -8,7 +8,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from research.analysis.findings import LITTLE
+from research.analysis.findings import LITTLE, listed
 from research.analysis.page import VERDICTS
 
 HOLDS, CONDITIONS, FAILS, UNTESTED = VERDICTS
@@ -140,10 +140,6 @@ def little_context(analysis: Analysis) -> str | None:
     if not gains or max(gains) >= LITTLE:
         return None
     return f"No strategy gains {LITTLE} nats a token from context after so few tokens: longer training would tell."
-
-
-def listed(names: Sequence[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def rows_alone(analysis: Analysis) -> list[tuple[Arm, Arm]]:

@@ -5,7 +5,6 @@ target's loss at the shared context); the analysis is made of these two, the rep
 """
 
 import itertools
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ import numpy as np
 
 from research import files
 from research.analysis import original, statistics, waterfall_report
-from research.analysis.study import refuse_nan
+from research.analysis.study import read_json, refuse_nan
 from research.config import ConfigError
 
 FINISHED, DIVERGED, MISSING = "finished", "diverged", "missing"
@@ -27,7 +26,7 @@ _SEED = 0  # of the resampling
 def read_result(folder: Path) -> dict[str, Any] | None:
     """A finished run's result.json, or None. Raises: ConfigError where it is damaged."""
     path = folder / "result.json"
-    return _read_json(path) if path.exists() else None
+    return read_json(path) if path.exists() else None
 
 
 def shared_context(contexts: Sequence[str], shortest: int) -> int:
@@ -85,11 +84,11 @@ def _read_run(folder: Path, state: Mapping[str, Any]) -> dict[str, Any]:
         "result": result,
     }
     if result:
-        config = _read_json(folder / "config.json")
+        config = read_json(folder / "config.json")
         data = {name: value for name, value in config["data"].items() if name != "cache_dir"}
         if os.path.isabs(data["path"]):
             data["path"] = os.path.basename(data["path"])  # folders of one machine say nothing to another
-        files = _read_json(folder / "data_manifest.json")["files"]
+        files = read_json(folder / "data_manifest.json")["files"]
         run |= {"config": config | {"data": data}}
         if result["protocol"] == "clean":
             run["heldout"] = files["heldout.npy"]["sha256"]
@@ -101,7 +100,7 @@ def write(folder: Path) -> dict[str, Any]:
 
     Raises: ConfigError where a data file is missing or damaged.
     """
-    results = _read_json(folder / "results.json")
+    results = read_json(folder / "results.json")
     if "study" not in results:
         raise ConfigError("--workdir", str(folder), "its results.json is not a waterfall's; see experiments.ablation")
     try:
@@ -271,13 +270,6 @@ def _rates(grid: Mapping[str, float], runs: Mapping[str, Any], shortest: int) ->
     best = min(known, key=known.__getitem__) if known else None
     settled = [entry["rate"] for entry in tried if entry["status"] in (FINISHED, DIVERGED)]
     return {"tried": tried, "best": best, "inside": best is not None and min(settled) < best < max(settled)}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError("--workdir", str(path.parent), f"{path.name} cannot be read ({error})") from None
 
 
 def _mean(values: Sequence[float]) -> float:
