@@ -1,8 +1,8 @@
 """Every field of a config, with the defaults of both scales.
 
 `cpu`        5 M parameters: minutes on two cores, on real text, at most one epoch.
-`recall`     a smaller model on the synthetic recall task, in rows of 32, 64 and 128 tokens: two minutes. In half as many
-             steps some seeds learn to look up and some do not; with rows of 512 neither of 42 and 43 in 12 M tokens.
+`recall`     a smaller model on the synthetic recall task, in rows of 32, 64 and 128 tokens: two minutes. In half as
+             many steps some seeds learn to look up, some do not; with rows of 512 neither of 42 and 43 in 12 M tokens.
 `published`  the model, shapes, optimiser and protocol of the experiment this project answers, for one GPU.
              One deviation: bfloat16 where the original used float16 with a gradient scaler.
 
