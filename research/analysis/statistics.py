@@ -187,7 +187,9 @@ def holm(p: Sequence[float]) -> list[float]:
 
 def wilson(right: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's interval (1927, JASA 22:209) of the share right / total; NaN of none. Raises: ValueError."""
-    if total == 0 and right == 0:
+    if not 0 <= right <= total:  # SciPy 1.17 says so itself, 1.18 not always
+        raise ValueError(f"{right} right of {total}")
+    if total == 0:
         return math.nan, math.nan
     found = stats.binomtest(right, total).proportion_ci(confidence, method="wilson")
     return float(found.low), float(found.high)
