@@ -30,8 +30,8 @@ from ml_collections import ConfigDict
 from experiments.child import Interrupted, checked, run_child
 from experiments.flags import OVERRIDES, Parser, as_folder, load_config, make_folder
 from research import sizes
-from research.analysis import findings, report, study
-from research.analysis.study import SETTINGS, Key
+from research.analysis import archive, findings, report
+from research.analysis.study import FINISHED, SETTINGS, Key
 from research.analysis.tables import duration
 from research.config import ConfigError
 from research.files import write_json
@@ -250,7 +250,7 @@ def _recorded(workdir: Path) -> tuple[list[Key], dict[str, int]]:
     path = workdir / "ablation.json"
     if not path.exists():
         return [], {}
-    known = study.read_json(path)
+    known = archive.read_json(path)
     try:
         return [Key(**key) for key in known["runs"]], dict(known["exit_codes"])
     except (KeyError, TypeError, ValueError) as error:
@@ -263,7 +263,7 @@ def write_report(workdir: Path) -> int:
     keys, exit_codes = _recorded(workdir)
     if not keys:
         raise ConfigError("--workdir", str(workdir), "holds no study (no ablation.json) and no results.json")
-    study.save(study.collect(workdir, keys, exit_codes), workdir / "report")
+    archive.save(archive.collect(workdir, keys, exit_codes), workdir / "report")
     return _conclude(workdir / "report", exit_codes)
 
 
@@ -275,7 +275,7 @@ def report_only(workdir: Path) -> int:
 def _conclude(folder: Path, exit_codes: dict[str, int]) -> int:
     """Writes and prints the report of a folder; returns the exit code that its runs call for."""
     results = report.write(folder)
-    unfinished = [run for run in results["runs"] if run["status"] != study.FINISHED]
+    unfinished = [run for run in results["runs"] if run["status"] != FINISHED]
     if results["analysis"]["arms"] or results["analysis"]["recall"]:
         print("\n" + findings.paragraph(results["analysis"]))
     print(f"\n{folder / 'report.md'}\n{folder / 'report.html'}")

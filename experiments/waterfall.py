@@ -28,7 +28,7 @@ from experiments.child import Interrupted, checked, run_child
 from experiments.flags import OVERRIDES, Parser, as_folder, load_config, make_folder
 from experiments.waterfall_plan import STAGES, Losses, Plan, Run
 from research import files
-from research.analysis import study, waterfall, waterfall_report
+from research.analysis import archive, waterfall, waterfall_report
 from research.config import ConfigError
 
 TRAIN = (sys.executable, "-m", "experiments.train")
@@ -120,7 +120,7 @@ def _identity(plan: Plan) -> dict[str, Any]:
 
 def read_state(workdir: Path) -> dict[str, Any]:
     path = workdir / STATE
-    return {"exit_codes": {}, "seconds": {}} | (study.read_json(path) if path.exists() else {})
+    return {"exit_codes": {}, "seconds": {}} | (archive.read_json(path) if path.exists() else {})
 
 
 def write_state(workdir: Path, state: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from research.analysis import (
+    archive,
     claims,
     comparison,
     context_figures,
@@ -19,7 +20,6 @@ from research.analysis import (
     figures,
     findings,
     recall,
-    study,
     tables,
 )
 from research.analysis.study import Arm, Key, Run
@@ -34,7 +34,7 @@ def analysed(*settings: str, seeds: tuple[int, ...] = (42, 43, 44), same: bool =
     with tempfile.TemporaryDirectory() as folder:
         changes = {name: dict(offset=0.0, gain=0.02) for name in MERITS} if same else {}
         keys = write_study(Path(folder), seeds=seeds, settings=settings or ("independent",), **changes)
-        return comparison.analyse(study.collect(Path(folder), keys, {}))
+        return comparison.analyse(archive.collect(Path(folder), keys, {}))
 
 
 def test_an_analysis_is_json_without_nan():
@@ -67,7 +67,7 @@ def test_a_pair_is_compared_where_all_of_both_orders_are(tmp_path):
     """Else, where short rows ran in paired order alone, no pair would be compared at the context that all share."""
     keys = write_study(tmp_path, seeds=(1, 2, 3), settings=("independent", "paired"))
     lost = {key.name: 3 for key in keys if key.strategy == "large_batch" and key.setting == "independent"}
-    found = comparison.analyse(study.collect(tmp_path, keys, lost))
+    found = comparison.analyse(archive.collect(tmp_path, keys, lost))
     assert found["shared_contexts"] == [24, 48, 96]
     at = {d["context"] for d in found["differences"] if d["setting"] == "independent"}
     assert at == {96, 384} and "balanced has the lowest loss" in findings.paragraph(found)
@@ -122,7 +122,7 @@ def test_the_same_losses_in_other_units():
 
 
 def test_a_unit_that_older_results_do_not_hold_is_a_dash(tmp_path):
-    runs = study.collect(tmp_path, write_study(tmp_path, seeds=(42,)), {})
+    runs = archive.collect(tmp_path, write_study(tmp_path, seeds=(42,)), {})
     for run in runs:
         for scores in run.result["eval"]["contexts"].values():
             del scores["accuracy"]
@@ -165,7 +165,7 @@ def test_that_some_have_one_seed_is_said():
 
 def test_a_missing_seed_is_a_warning_and_in_no_mean(tmp_path):
     keys = write_study(tmp_path, seeds=(1, 2, 3))
-    runs = study.collect(tmp_path, keys, {"balanced-independent-3": 3})
+    runs = archive.collect(tmp_path, keys, {"balanced-independent-3": 3})
     found = comparison.analyse(runs)
     assert "balanced-independent-3 failed: exit code 3: it is in no mean." in found["warnings"]
     assert {arm["strategy"]: arm["seeds"] for arm in found["arms"]}["balanced"] == [1, 2]
@@ -181,7 +181,7 @@ def test_a_loss_that_is_no_number_is_one_line_that_names_it(tmp_path):
     arrays["loss_96"][7] = np.nan
     np.savez(path, **arrays)
     with pytest.raises(ConfigError, match="heldout_losses.npz cannot be read .loss_96 holds a number that") as error:
-        study.collect(tmp_path, keys, {})
+        archive.collect(tmp_path, keys, {})
     assert keys[0].name in str(error.value) and "\n" not in str(error.value)
 
 
@@ -220,7 +220,7 @@ def test_a_ranking_is_shown_where_all_of_its_neighbours_differ():
 
 def test_leaking_losses_are_marked_and_have_floors(tmp_path):
     keys = write_study(tmp_path, seeds=(1, 2), **{name: {"protocol": "published"} for name in MERITS})
-    found = comparison.analyse(study.collect(tmp_path, keys, {}))
+    found = comparison.analyse(archive.collect(tmp_path, keys, {}))
     for arm in found["arms"]:
         windows = 2_900_000 - arm["seq_len"]
         assert arm["own"]["floor"] == pytest.approx((np.log(windows) - 6.6) / arm["seq_len"], abs=1e-6)
@@ -234,7 +234,7 @@ def test_leaking_losses_are_marked_and_have_floors(tmp_path):
 def test_every_figure_of_leaking_losses_says_so(tmp_path):
     changes = {name: dict(protocol="published") for name in MERITS}
     keys = write_study(tmp_path, seeds=(42, 43), **changes)
-    found = comparison.analyse(study.collect(tmp_path, keys, {}))
+    found = comparison.analyse(archive.collect(tmp_path, keys, {}))
     made = figures._figures(found, styles_of(list(MERITS)))
     assert {"curves", "places", "matrix", "budgets", "costs"} == set(made)
     for name, figure in made.items():

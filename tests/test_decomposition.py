@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from research.analysis import decomposition
+from research.analysis.bootstrap import hierarchical_bootstrap
 from research.analysis.context import difference
-from research.analysis.statistics import hierarchical_bootstrap
 from research.analysis.study import Arm, Key, Run
 
 DOCUMENTS = np.arange(30).repeat(20)

@@ -15,7 +15,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from research.analysis import claims, comparison, markup, render, report, study, waterfall_report
+from research.analysis import archive, claims, comparison, markup, render, report, waterfall_report
 from research.analysis.page import Table
 from tests.fake_runs import write_study
 
@@ -30,7 +30,7 @@ def made() -> Path:
     """The folder of a report of fabricated runs, with everything that a report can show."""
     folder = Path(tempfile.mkdtemp(prefix="report-"))
     keys = write_study(folder, seeds=(42, 43), settings=("independent", "paired", "recall"))
-    study.save(study.collect(folder, keys, {}), folder / "report")
+    archive.save(archive.collect(folder, keys, {}), folder / "report")
     report.write(folder / "report")
     return folder / "report"
 

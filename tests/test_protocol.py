@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from research.analysis import protocol, study
+from research.analysis import archive, protocol
 from research.config import ConfigError
 from tests.fake_runs import write_study
 
@@ -14,7 +14,7 @@ EVERY_OTHER = "every other field of the config that changes what is computed"
 
 
 def said(workdir: Path, keys: list) -> str:
-    runs = study.collect(workdir, keys, {})
+    runs = archive.collect(workdir, keys, {})
     return protocol.text({"runs": [dataclasses.asdict(run.key) | vars(run) for run in runs]})
 
 
@@ -67,17 +67,17 @@ def test_the_code_that_made_the_runs_is_named(tmp_path):
     assert "code commit 0123456789ab (Python 3.11.7, jax 0.10.2)" in said(tmp_path, keys).split("**Not equal")[0]
     edit(tmp_path / "balanced-independent-1" / "environment.json", "changed", value=True)
     assert "balanced commit 0123456789ab, changed since (" in said(tmp_path, keys).split("**Not equal")[1]
-    study.save(study.collect(tmp_path, keys, {}), tmp_path / "report")
+    archive.save(archive.collect(tmp_path, keys, {}), tmp_path / "report")
     runs = json.loads((tmp_path / "report" / "results.json").read_text())["runs"]
     found = dict(protocol.facts({"runs": runs}))["code"]
     assert found.startswith("commit 0123456789ab (Python 3.11.7, jax 0.10.2), commit 0123456789ab, changed since")
-    study.save(study.load(tmp_path / "report"), tmp_path / "again")
+    archive.save(archive.load(tmp_path / "report"), tmp_path / "again")
     assert json.loads((tmp_path / "again" / "results.json").read_text())["runs"] == runs
 
 
 def test_recall_runs_of_unlike_tasks_are_refused(tmp_path):
     keys = write_study(tmp_path, seeds=(1,), settings=("independent", "recall"))
-    assert study.collect(tmp_path, keys, {})  # the text and the task are not compared with each other
+    assert archive.collect(tmp_path, keys, {})  # the text and the task are not compared with each other
     edit(tmp_path / "balanced-recall-1" / "result.json", "fingerprint", value="another")
     with pytest.raises(ConfigError, match="balanced-recall-1 is of another corpus"):
-        study.collect(tmp_path, keys, {})
+        archive.collect(tmp_path, keys, {})

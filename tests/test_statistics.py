@@ -9,17 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from research.analysis.statistics import (
+from research.analysis.bootstrap import (
     MIN_DOCUMENTS,
     bootstrap_statistic,
     hierarchical_bootstrap,
-    holm,
     mean_interval,
     paired_bootstrap,
-    seeds_needed,
-    t_interval,
-    wilson,
 )
+from research.analysis.statistics import holm, seeds_needed, t_interval, wilson
 
 
 def losses(rng, num_documents, effect=0.0, tokens=(4, 20)):
@@ -101,7 +98,7 @@ def test_blocks_of_resamples_are_all_drawn(monkeypatch):
     """
     a, b, documents = losses(np.random.default_rng(4), 50)
     whole = paired_bootstrap(a, b, documents, seed=0, resamples=300)
-    monkeypatch.setattr("research.analysis.statistics._BLOCK", 50 * 7)
+    monkeypatch.setattr("research.analysis.bootstrap._BLOCK", 50 * 7)
     blocks = paired_bootstrap(a, b, documents, seed=0, resamples=300)
     np.testing.assert_allclose([blocks.low, blocks.high], [whole.low, whole.high])
 

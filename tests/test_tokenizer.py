@@ -211,6 +211,18 @@ def test_bad_tokenizers_are_refused(tmp_path, monkeypatch):
     assert "not readable from the Hugging Face hub" in message("a/b/c")
 
 
+def test_a_tokenizer_that_ends_the_librarys_process_or_panics_is_refused_in_one_line(tmp_path):
+    file = tmp_path / "tokenizer.json"
+    save_tokenizer(file, {letter: i for i, letter in enumerate(pre_tokenizers.ByteLevel.alphabet())}, [EOT])
+    good = json.loads(file.read_text())
+    config = corpus_config(tmp_path, documents=20, tokenizer=str(file))
+    far = {**good["model"]["vocab"], "Ġ": 4_000_000_000}
+    file.write_text(json.dumps({**good, "model": {**good["model"], "vocab": far}}))
+    assert "has 4000000001 tokens" in refuse(config)
+    file.write_text(json.dumps({**good, "normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}))
+    assert "no tokenizer.json" in refuse(config) and "\n" not in refuse(config)
+
+
 def test_a_tokenizer_file_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
     def message(name: str) -> str:
         return refuse(corpus_config(tmp_path, documents=20, tokenizer=str(tmp_path / name)))

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from research.analysis import budgets, context, decomposition, original, recall
+from research.analysis.bootstrap import MIN_DOCUMENTS, bootstrap_statistic, hierarchical_bootstrap
 from research.analysis.context import difference, interval, rounded
-from research.analysis.statistics import MIN_DOCUMENTS, bootstrap_statistic, hierarchical_bootstrap, holm, seeds_needed
+from research.analysis.statistics import holm, seeds_needed
 from research.analysis.study import Arm, Run, arms
 
 LEVEL = 0.05  # of a report's comparisons together, by Holm's correction

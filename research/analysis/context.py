@@ -1,7 +1,7 @@
 """What a model does with the tokens before a target: curves over contexts, and over places in window and document.
 
 All losses are of the same held-out targets, in nats a token; intervals are 95 % over seeds and documents
-(statistics.py). The raw model beyond its trained length meets rotary positions that it never saw; a sliding window
+(bootstrap.py). The raw model beyond its trained length meets rotary positions that it never saw; a sliding window
 shows it no more than fits, so its loss there is that of the longest context within the trained length.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from research.analysis.statistics import MIN_DOCUMENTS, RESAMPLES, bootstrap_statistic, hierarchical_bootstrap
+from research.analysis.bootstrap import MIN_DOCUMENTS, RESAMPLES, bootstrap_statistic, hierarchical_bootstrap
 
 TOLERANCE = 0.01  # nats a token: less than this is no help any more
 ICL_PLACES = ((500, 50), (200, 20), (100, 10))  # late and early; the first is Olsson et al.'s (2022, arXiv:2209.11895)
@@ -171,7 +171,7 @@ def interval(found: tuple[float, float, float]) -> dict[str, float | None]:
 
 
 def difference(found: Any) -> dict[str, Any]:
-    """A statistics.Difference as JSON values."""
+    """A bootstrap.Difference as JSON values."""
     entry = interval((found.mean, found.low, found.high))
     return entry | dict(
         p=rounded(found.p), shown=found.shown, seeds=found.seeds, documents=found.documents, targets=found.targets

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from research.analysis.bootstrap import RESAMPLES, bootstrap_statistic
 from research.analysis.context import interval
 from research.analysis.page import Section, Table
-from research.analysis.statistics import RESAMPLES, bootstrap_statistic
 from research.analysis.study import Arm
 
 PARTS = ("total", "context", "diversity")

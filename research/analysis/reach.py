@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from research.analysis.bootstrap import hierarchical_bootstrap
 from research.analysis.context import difference, rounded
 from research.analysis.decomposition import sampled, signed
 from research.analysis.page import Table
-from research.analysis.statistics import hierarchical_bootstrap, holm
+from research.analysis.statistics import holm
 from research.analysis.study import Arm
 
 LEVEL = 0.05

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from research.analysis import (
+    archive,
     budgets,
     claims,
     comparison,
@@ -39,8 +40,8 @@ def write(folder: Path) -> dict[str, Any]:
     Returns: results.json's content. The same data files give the same report. Raises: ConfigError when a data file is
     missing or damaged.
     """
-    runs = study.load(folder)
-    results = study.read_json(folder / "results.json") | {"analysis": analyse(runs)}
+    runs = archive.load(folder)
+    results = archive.read_json(folder / "results.json") | {"analysis": analyse(runs)}
     write_json(folder / "results.json", results)
     render(results, folder)
     return results

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from research import files
-from research.analysis import original, statistics, waterfall_report
-from research.analysis.study import read_json, refuse_nan
+from research.analysis import bootstrap, original, statistics, waterfall_report
+from research.analysis.archive import read_json, refuse_nan
 from research.config import ConfigError
 
 FINISHED, DIVERGED, MISSING = "finished", "diverged", "missing"
@@ -237,7 +237,7 @@ def _pairs(finished: Mapping[str, Sequence[Mapping[str, Any]]], losses: Mapping[
         if not seeds:
             continue
         arms = [np.stack([losses[f"{names[s]}/loss"] for s in seeds]).astype(np.float64) for names in by_seed]
-        found = statistics.hierarchical_bootstrap(*arms, losses["document"], _SEED)
+        found = bootstrap.hierarchical_bootstrap(*arms, losses["document"], _SEED)
         pairs.append({"a": a, "b": b, "seeds": seeds, "found": found})
     adjusted = statistics.holm([pair["found"].p for pair in pairs])
     for pair, p in zip(pairs, adjusted, strict=True):

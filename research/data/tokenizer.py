@@ -42,7 +42,9 @@ def load_tokenizer(config: Any, train_texts: Iterable[str]) -> Tokenizer:
         tokenizer = _plain_bytes()
     else:
         path = named_file(name)
-        tokenizer = _from_file(name, path) if path else _from_hub(name)
+        text = _file_text(name, path) if path else _hub_text(name)
+        _require_room(_highest_id(text) + 1, vocab_size)
+        tokenizer = _parse(name, text)
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()  # a file can ask for both
     tokenizer.no_padding()
@@ -160,20 +162,37 @@ def _plain_bytes() -> Tokenizer:
     return tokenizer
 
 
-def _from_file(name: str, path: Path) -> Tokenizer:
+def _file_text(name: str, path: Path) -> bytes:
     try:
-        return Tokenizer.from_str(path.read_bytes().decode())
+        return path.read_bytes()
     except OSError as error:
         raise _unreadable(name, error) from error
-    except Exception as error:  # the library raises bare Exception for bad content
-        raise ConfigError("config.data.tokenizer", name, f"no tokenizer.json: {hub.one_line(error)}") from error
 
 
 def _unreadable(name: str, error: OSError) -> ConfigError:
     return ConfigError("config.data.tokenizer", name, f"cannot be read: {error}; give a tokenizer.json or its folder")
 
 
-def _from_hub(name: str) -> Tokenizer:
+def _parse(name: str, text: bytes) -> Tokenizer:
+    try:
+        return Tokenizer.from_str(text.decode())
+    except BaseException as error:  # the library raises bare Exception for bad content, or panics, which is none
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ConfigError("config.data.tokenizer", name, f"no tokenizer.json: {hub.one_line(error)}") from error
+
+
+def _highest_id(text: bytes) -> int:
+    """Of a tokenizer.json's tokens; -1 where it cannot be read. The library ends the process for want of memory at one
+    in the thousands of millions."""
+    try:
+        described = json.loads(text)
+        return max(*described["model"]["vocab"].values(), *(token["id"] for token in described["added_tokens"]), -1)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return -1  # the library, or what is asked of it, says what is wrong
+
+
+def _hub_text(name: str) -> bytes:
     """Of the clients' cache where it is there. Sets hub.COMMITS."""
     from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 
@@ -186,7 +205,7 @@ def _from_hub(name: str) -> Tokenizer:
             HfApi().model_info(repository, revision=revision or None, timeout=hub.TIMEOUT)
             path = hf_hub_download(**file)
         hub.COMMITS[f"models/{name}"] = Path(path).parent.name  # the cache has a folder for each
-        return Tokenizer.from_file(path)
+        return Path(path).read_bytes()
     except Exception as error:  # the hub's clients share no base class for what goes wrong
         reason = hub.one_line(error)
         raise ConfigError(
