@@ -302,6 +302,8 @@ def test_a_plan_beside_real_steps(monkeypatch):
     run = dict(batch=16, seq_len=512, choice={"model.remat": "block"}, predicted=100)
     text = memory_report.check_text([run | failed, run | found], set())
     assert "failed: error: config.model.d_model" in text and "1 steps: median error" in text
+    two = memory_report.check_text([run | found | {"predicted": 100, "measured": m} for m in (102, 106)], set())
+    assert "median error +4.0%" in two  # between the two, not the larger
 
 
 def test_a_check_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import shlex
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -228,7 +229,7 @@ def check_text(checked: Sequence[dict[str, Any]], drawn: set[str], on_cpu: bool 
         ordered = sorted(errors)
         off = sum(abs(e) > OFF for e in errors)
         summary = (
-            f"{len(errors)} steps: median error {ordered[len(errors) // 2]:+.1%}, "
+            f"{len(errors)} steps: median error {statistics.median(errors):+.1%}, "
             f"from {ordered[0]:+.1%} to {ordered[-1]:+.1%}; {off} off by more than {OFF:.0%}."
         )
     if errors and on_cpu:
