@@ -28,7 +28,8 @@ traces/STRATEGY, for TensorBoard's profile plugin or Perfetto, and says where th
 (experiments/trace.py). On a GPU these two steps are of a program without CUDA graphs, which hide what
 a kernel is of: its kernels take the time that they take, and the device waits longer between them.
 --strategies, --implementations and any --config.field=value choose what runs.
-Exit codes: 0; 1, an implementation failed (its row says how); 2, a mistake in the arguments, nothing written.
+Exit codes: 0; 1, an implementation failed (its row says how) or a profile is not whole; 2, a mistake in the arguments,
+nothing written.
 """
 
 import argparse
@@ -84,7 +85,15 @@ def main(argv: Sequence[str]) -> int:
     write_json(arguments.out, content)
     show(content)
     print(arguments.out)
-    return int(any("failed" in row for row in content["rows"]))
+    return int(any("failed" in row for row in content["rows"]) or not profiled(content, arguments, configs))
+
+
+def profiled(content: dict[str, Any], arguments: argparse.Namespace, configs: dict[str, ConfigDict]) -> bool:
+    """Whether all that --profile asks for is there."""
+    if not arguments.profile or arguments.steps:
+        return True
+    wanted = ["parts", "trace"] if "ours" in arguments.implementations else ["parts"]
+    return all(content.get(what, {}).get(name) is not None for what in wanted for name in configs)
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, ConfigDict]]:

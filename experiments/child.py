@@ -37,7 +37,7 @@ def run_child(command: Sequence[str]) -> int:
 
     before = {number: signal.signal(number, hand_on) for number in SIGNALS}
     try:
-        child.append(subprocess.Popen(command, start_new_session=True, preexec_fn=_ended_with_us()))
+        child.append(subprocess.Popen(command, start_new_session=True, preexec_fn=ended_with_us()))
         if received:  # while it was starting
             child[0].send_signal(received[-1])
         code = child[0].wait()
@@ -50,7 +50,8 @@ def run_child(command: Sequence[str]) -> int:
     return code
 
 
-def _ended_with_us() -> Callable[[], Any] | None:
+def ended_with_us() -> Callable[[], Any] | None:
+    """For Popen's preexec_fn: where this process is killed, Linux ends the child as well."""
     if sys.platform != "linux":
         return None
     prctl = ctypes.CDLL(None).prctl  # found now: between fork and exec little is allowed

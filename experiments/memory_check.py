@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from experiments import child
 from experiments.flags import Parser, as_folder
 from research import sizes
 from research.analysis import memory_report
@@ -83,7 +84,9 @@ def runs(plan: dict[str, Any]) -> list[dict[str, Any]]:
 def measure(config: str, overrides: Sequence[str]) -> dict[str, Any]:
     """What a step takes: `predicted`, `measured` (bytes) and `seconds`; None in each where it failed, and `error`."""
     command = [*STEP, f"--config={config}", "--workdir=-", *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | GIVE_BACK)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | GIVE_BACK, preexec_fn=child.ended_with_us()
+    )
     if done.returncode:
         error = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         print(f"failed: {error}", file=sys.stderr)

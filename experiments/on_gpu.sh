@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # All that a GPU is asked for:  bash experiments/on_gpu.sh FOLDER [STAGE] BOOKS.jsonl.gz
-# STAGE: checks | benchmark | memory | published | study | waterfall | all (default). Each goes on where it was stopped.
+# STAGE: checks | benchmark | memory | published | study | waterfall | all (default), or corpora. Each goes on where it
+# was stopped; a stage that fails keeps none of the others from running.
 # On an H200 checks take 2 minutes, a file of the benchmark 2 (by torch.compile more), published 4; the others have not
 # been run yet. BOOKS is a corpus of long documents that needs no network; its field `text` is read.
+#   corpora    needs no GPU: what the last three read is cut into tokens, by the same BOOKS
 #   checks     the paths that only a GPU takes
 #   benchmark  step times at the three shapes, beside PyTorch (where torch and transformers are installed), and a profile
 #   memory     what fits 24 GiB at each length, and what real steps of it take
@@ -10,8 +12,11 @@
 #   study      the same model and shapes under the clean protocol, three seeds, paired and independent order, and recall
 #   waterfall  from the one to the other, a confound at a time
 # Where a command has a time limit, say LIMIT=570 (seconds, for all of this script): what runs then is told to save and stop.
+# One GPU is used: CUDA_VISIBLE_DEVICES says which. Another card or commit gets another FOLDER: what is there is not made again.
 # FOLDER/cache holds corpora and compiled programs, and is worth keeping. What is to be committed is left in
-# FOLDER/checks.txt, FOLDER/benchmark-*.json, and the report folders in FOLDER/*.
+# FOLDER/checks.txt, FOLDER/benchmark-*.json, and the report folders in FOLDER/*; FOLDER/kept.tar.gz holds all but cache and
+# checkpoints. Unpacked elsewhere, finished runs are not run again, and `--report_only` makes the report of those there are.
+# The README's published_h200.json, _swiglu and _profile are benchmark-original, -mixtral and -profile.json.
 set -euo pipefail
 wrong() { echo "error: $1; bash experiments/on_gpu.sh FOLDER [STAGE] BOOKS.jsonl.gz" >&2; exit 2; }
 [ $# -eq 2 ] || [ $# -eq 3 ] || wrong "$# arguments, needs 2 or 3"
@@ -20,67 +25,97 @@ stage=all
 [ $# -lt 3 ] || { stage=$2; shift; }
 books=$2
 case $stage in
-    checks | benchmark | memory | published | study | waterfall | all) ;;
-    *) wrong "STAGE=$stage: choose checks, benchmark, memory, published, study, waterfall or all" ;;
+    corpora | checks | benchmark | memory | published | study | waterfall | all) ;;
+    *) wrong "STAGE=$stage: choose corpora, checks, benchmark, memory, published, study, waterfall or all" ;;
 esac
-[ -r "$books" ] || wrong "BOOKS=$books: no file that can be read"
+[ -f "$books" ] && [ -r "$books" ] || wrong "BOOKS=$books: no file that can be read"
+[[ ${LIMIT:-1} =~ ^[1-9][0-9]*$ ]] || wrong "LIMIT=$LIMIT: give whole seconds"
+[ -f experiments/on_gpu.sh ] || wrong "$PWD is not the repository: run it there"
 python=${PYTHON:-python3}
 mkdir -p "$folder"
-export XDG_CACHE_HOME; XDG_CACHE_HOME=$(cd "$folder" && pwd)/cache
-corpus="--config.data.source=jsonl --config.data.path=$books --config.data.tokenizer=bpe"
-clean="--config.data.protocol=clean --config.data.max_documents=0 --config.data.max_document_chars=0 --config.data.max_tokens=0
-    --config.data.heldout_fraction=0.15 --config.train.steps=800"
+root=$(cd "$folder" && pwd)
+export XDG_CACHE_HOME=$root/cache TORCHINDUCTOR_CACHE_DIR=$root/cache/inductor TRITON_CACHE_DIR=$root/cache/triton
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
+export JAX_PLATFORMS=cuda,cpu # a JAX without CUDA stops here, and does not go on for hours on a CPU
+corpus=(--config.data.source=jsonl "--config.data.path=$books" --config.data.tokenizer=bpe)
+original=(--scale=published "--workdir=$folder/published" "${corpus[@]}" # 10,000 characters of each of 241 books make up
+    --config.data.max_document_chars=10000 --config.train.eval_every=100 --config.train.checkpoint_every=500) # 500,000 tokens
+clean=(--scale=published "--workdir=$folder/study" --seeds=42,43,44 --settings=independent,paired,recall "${corpus[@]}"
+    --config.data.protocol=clean --config.data.max_documents=0 --config.data.max_document_chars=0 --config.data.max_tokens=0
+    --config.data.heldout_fraction=0.15 --config.train.steps=800
+    --config.train.keep_last=1 --config.train.keep_best=false) # 0.7 GB a checkpoint, of 24 runs
+between=(--scale=published "--workdir=$folder/waterfall" "${corpus[@]}" # 800 steps stay within one epoch of 25 M tokens;
+    --config.train.steps=800 --config.data.max_tokens=400000) # a small corpus of 0.4 M keeps the original's 53 passes
 
+left() { echo $((${LIMIT:-1000000000} - SECONDS)); }
 limited() {
-    local left=$((${LIMIT:-1000000000} - SECONDS))
-    [ $left -gt 0 ] || { echo "LIMIT=$LIMIT is over; the same command goes on from there" >&2; return 124; }
-    timeout --foreground --signal=TERM $left "$@"
+    [ "$(left)" -gt 0 ] || { echo "LIMIT=$LIMIT is over; the same command goes on from there" >&2; return 124; }
+    timeout --foreground --signal=TERM "$(left)" "$@"
 }
-checks() { JAX_PLATFORMS=cuda limited "$python" -m pytest -m gpu tests/test_gpu.py | tee "$folder/checks.txt"; }
+corpora() {
+    export JAX_PLATFORMS=cpu
+    limited "$python" -m experiments.ablation --check_only "${original[@]}" || return
+    limited "$python" -m experiments.ablation --check_only "${clean[@]}" || return
+    limited "$python" -m experiments.waterfall --check_only "${between[@]}"
+}
+checks() {
+    [ "$stage" = checks ] || [ ! -e "$folder/checks.txt" ] || return 0
+    limited "$python" -m pytest -m gpu tests/test_gpu.py | tee "$folder/checks-failed.txt" || return
+    mv "$folder/checks-failed.txt" "$folder/checks.txt"
+}
 benchmark() {
-    # benchmark-original.json  dropout as published: ours, the original in PyTorch, eager and by torch.compile
+    # benchmark-original.json  dropout as published: ours, the original in PyTorch, eager
     # benchmark-mixtral.json   gated experts, no dropout (cuDNN's attention can serve): ours, original, transformers' Mixtral
     # benchmark-unrolled.json  ours, dropout as published, without a loop over layers: its copies cost about 2 ms of 32
     # benchmark-profile.json   ours, dropout as published: the parts of a step, and where its time goes by a trace
+    # benchmark-compiled.json  ours, and the original by torch.compile: last, for how long it takes is not known
     local failed=0
-    timed original "--implementations=ours$(installed torch ,original,compiled)" || failed=1
-    timed mixtral "--implementations=ours$(installed torch ,original)$(installed transformers ,mixtral)" \
-        --config.model.activation=swiglu --config.model.dropout=0 || failed=1
-    timed unrolled --implementations=ours --config.model.unroll=6 || failed=1
-    timed profile --implementations=ours --profile="$folder/traces" || failed=1
-    return $failed  # a file with a row that failed is called -failed, and made again by the next command
+    timed original torch --implementations=ours,original || stopped || failed=1
+    timed mixtral transformers --implementations=ours,original,mixtral --config.model.activation=swiglu \
+        --config.model.dropout=0 || stopped || failed=1
+    timed unrolled "" --implementations=ours --config.model.unroll=6 || stopped || failed=1
+    timed profile "" --implementations=ours --profile="$folder/traces" || stopped || failed=1
+    timed compiled torch --implementations=ours,compiled || stopped || failed=1
+    return $failed # a file with a row that failed is called -failed, and made again by the next command
 }
-installed() {  # what it says of $2 where the package $1 is there; PyTorch only with CUDA
-    "$python" -c "import torch, $1; assert torch.cuda.is_available()" 2>/dev/null && echo "$2" || true
+stopped() { # after a command that failed: out of time ends the script, anything else is left to the caller
+    local code=$?
+    [ $code -ne 124 ] || exit 124
+    return $code
 }
-timed() {
-    local out="$folder/benchmark-$1.json"
+timed() { # a file of the benchmark, the package that its peers need, arguments
+    local out="$folder/benchmark-$1.json" code=0
     [ ! -e "$out" ] || return 0
+    if [ -n "$2" ] && ! "$python" -c "import torch, $2; assert torch.cuda.is_available()" 2>/dev/null; then
+        echo "$out: left out, for PyTorch with CUDA, or $2, is not installed" >&2
+        return 0
+    fi
+    [ "$(left)" -gt 200 ] || { echo "LIMIT=$LIMIT: too little is left for $out; the same command begins with it" >&2; return 124; }
     limited "$python" -m experiments.benchmark --scale=published --repeats=20 --config.model.dtype=bfloat16 \
-        --out="$out" "${@:2}" && return 0
+        --out="$out" "${@:3}" && return 0 || code=$?
     [ ! -e "$out" ] || mv "$out" "${out%.json}-failed.json"
-    return 1
+    return $code
 }
 memory() {
     limited "$python" -m experiments.memory_frontier --config=configs/balanced.py:published --budget=24GiB \
-        --lengths=256,1024,4096 --workdir="$folder/memory"
+        --lengths=256,1024,4096 --workdir="$folder/memory" || return
     limited "$python" -m experiments.memory_check --workdir="$folder/memory" --most=24GiB
 }
-published() {  # 10,000 characters of each of 241 books make up the original's 500,000 tokens
-    limited "$python" -m experiments.ablation --scale=published --workdir="$folder/published" $corpus \
-        --config.data.max_document_chars=10000 --config.train.eval_every=100 --config.train.checkpoint_every=500
+published() { limited "$python" -m experiments.ablation "${original[@]}"; }
+study() { limited "$python" -m experiments.ablation "${clean[@]}"; }
+waterfall() { limited "$python" -m experiments.waterfall "${between[@]}"; }
+pack() {
+    tar -C "$root" -czf "$root.tmp" --exclude=./cache --exclude=./traces --exclude=checkpoints --exclude=tb \
+        --exclude=./kept.tar.gz . && mv "$root.tmp" "$root/kept.tar.gz"
 }
-study() {
-    limited "$python" -m experiments.ablation --scale=published --workdir="$folder/study" --seeds=42,43,44 \
-        --settings=independent,paired,recall $corpus $clean
-}
-waterfall() {  # 800 steps stay within one epoch of 25 M tokens; a small corpus of 0.4 M keeps the original's 53 passes
-    limited "$python" -m experiments.waterfall --scale=published --workdir="$folder/waterfall" $corpus \
-        --config.train.steps=800 --config.data.max_tokens=400000
-}
+trap 'pack || echo "kept.tar.gz was not made" >&2' EXIT
 
+failed=0
 if [ "$stage" = all ]; then
-    checks && { benchmark || true; } && memory && published && study && waterfall
+    for stage_of_all in checks benchmark memory published study waterfall; do
+        $stage_of_all || stopped || { failed=1; echo "$stage_of_all failed; the others go on" >&2; }
+    done
 else
-    $stage
+    $stage || failed=$?
 fi
+exit $failed

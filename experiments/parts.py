@@ -19,7 +19,7 @@ from experiments.contestants import seconds_of
 from research import attention, cores, grouped, loss, moe, sharding
 from research.analysis import compute
 from research.config import num_steps
-from research.model import ModelConfig, MoETransformer, make_expert, rms_norm
+from research.model import ModelConfig, MoETransformer, look_up, make_expert, rms_norm
 from research.optimizer import make_optimizer
 
 
@@ -91,10 +91,10 @@ def parts_of(config: ConfigDict) -> list[Part]:
 
 
 def _embedding(c: ModelConfig, tokens_BT: jax.Array, d_hidden: jax.Array, draw: Callable) -> Part:
-    def look_up(table_VD: jax.Array) -> jax.Array:
-        return sharding.gather(table_VD, c.dtype).at[tokens_BT].get(out_sharding=sharding.HIDDEN) * c.d_model**0.5
+    def embed(table_VD: jax.Array) -> jax.Array:
+        return look_up(sharding.gather(table_VD, c.dtype), tokens_BT) * c.d_model**0.5
 
-    return Part("embedding", 1, with_gradients(look_up), (d_hidden, draw(c.vocab_size, c.d_model)))
+    return Part("embedding", 1, with_gradients(embed), (d_hidden, draw(c.vocab_size, c.d_model)))
 
 
 def _attention(c: ModelConfig, hidden: jax.Array, d_hidden: jax.Array, draw: Callable) -> list[Part]:

@@ -250,6 +250,14 @@ def test_a_profile_has_every_part_and_a_trace(tmp_path, capsys):
     assert trace.main([str(tmp_path / "nowhere")]) == 2
 
 
+def test_a_profile_that_is_not_whole_is_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "measure", lambda *_: 1 / 0)
+    out = tmp_path / "cpu.json"
+    argv = [f"--out={out}", "--repeats=1", "--strategies=balanced", "--implementations=ours", *TINY]
+    assert benchmark.main([*argv, f"--profile={tmp_path / 'traces'}"]) == 1
+    assert json.loads(out.read_text())["rows"][0]["seconds"]  # what was measured is kept
+
+
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [

@@ -56,12 +56,14 @@ def test_experts_at_once_are_block_experts(rng, dtype, fast):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_a_bfloat16_step_learns_as_float32_does(rng, dropout):
+    """Of a shape that all kernels serve: attention's, the tiles' and the loss's."""
+    shape = dict(dropout=dropout, d_model=64, vocab_size=128, moe_block=16)
     mesh = sharding.make_mesh({"data": 1, "expert": 1, "seq": 1})
     host = random_batch(rng, 8, 64)
     last = {}
     for dtype in ("float32", "bfloat16"):
-        config = small_config(dtype=dtype, dropout=dropout).optimizer
-        model = MoETransformer(model_config(dtype=dtype, dropout=dropout))
+        config = small_config(dtype=dtype, **shape).optimizer
+        model = MoETransformer(model_config(dtype=dtype, **shape))
         run = step.make_train_step(
             model, optimizer.make_optimizer(config, 20), optimizer.make_schedule(config, config.learning_rate, 20)
         )

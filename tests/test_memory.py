@@ -324,7 +324,7 @@ def test_a_check_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(memory_check, "measure", measure)
     with pytest.raises(KeyboardInterrupt):
         memory_check.main([f"--workdir={tmp_path}"])
-    memory_report.save(plan, tmp_path)  # the same plan: what was measured of it holds
+    memory_report.save(plan | dict(environment=dict(commit="next")), tmp_path)  # the same: what was measured holds
     assert memory_check.main([f"--workdir={tmp_path}"]) == 0
     assert len(asked) == 5 and asked[0] == asked[2]  # the failed one again, the second not
     assert [run["batch"] for run in memory_report.read_check(tmp_path)] == [8, 4, 6, 3]

@@ -1,0 +1,99 @@
+"""experiments/on_gpu.sh goes on where it was stopped, and no stage keeps another from running. Python is a stand-in."""
+
+import os
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTHON = """#!/usr/bin/env bash
+# Writes down what it is asked to run, makes the file that --out names, and fails where FAILS is part of the command.
+[ "$1" != -c ] || exit "${NO_TORCH:-0}"
+printf '%s|' "$@" >> "$CALLS"; echo "$JAX_PLATFORMS" >> "$CALLS"
+for argument; do case $argument in --out=*) echo {} > "${argument#--out=}" ;; esac; done
+[[ -z ${FAILS:-} || $* != *$FAILS* ]] || exit "${CODE:-1}"
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs the script; returns what ended it and the commands that it ran since, each up to its last argument."""
+    python, books, calls = tmp_path / "python", tmp_path / "two books.jsonl.gz", tmp_path / "calls"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    books.touch()
+
+    def run(stage="all", books=books, folder=tmp_path / "gpu", **environment):
+        calls.write_text("")
+        done = subprocess.run(
+            ["bash", "experiments/on_gpu.sh", str(folder), stage, str(books)],
+            cwd=ROOT, capture_output=True, text=True, timeout=60,
+            env=os.environ | dict(PYTHON=str(python), CALLS=str(calls)) | environment,
+        )  # fmt: skip
+        return done, calls.read_text().splitlines()
+
+    return run
+
+
+def names(calls):
+    return [call.split("|")[1].removeprefix("experiments.") for call in calls]
+
+
+def test_all_stages_run_once_and_their_results_are_packed(run, tmp_path):
+    done, calls = run()
+    assert done.returncode == 0, done.stderr
+    wanted = ["pytest", *["benchmark"] * 5, "memory_frontier", "memory_check", "ablation", "ablation", "waterfall"]
+    assert names(calls) == wanted and all(call.endswith("|cuda,cpu") for call in calls)
+    assert all("two books.jsonl.gz|" in call for call in calls if "--config.data.source=jsonl" in call)
+    with tarfile.open(tmp_path / "gpu" / "kept.tar.gz") as kept:
+        assert {"./checks.txt", "./benchmark-compiled.json"} <= set(kept.getnames())
+    done, calls = run()  # again: what leaves a file is not run again, the others know it themselves
+    assert done.returncode == 0 and names(calls) == wanted[6:]
+
+
+def test_a_stage_that_fails_keeps_no_other_from_running(run, tmp_path):
+    done, calls = run(FAILS="--config.model.unroll=6")
+    assert done.returncode == 1 and "benchmark failed" in done.stderr and names(calls)[-1] == "waterfall"
+    made = {path.name for path in (tmp_path / "gpu").glob("benchmark-*")}
+    assert "benchmark-unrolled-failed.json" in made and "benchmark-unrolled.json" not in made and len(made) == 5
+    done, calls = run(FAILS="memory_frontier")
+    assert done.returncode == 1 and "memory_check" not in names(calls) and names(calls)[-1] == "waterfall"
+    done, calls = run("checks", FAILS="pytest")
+    assert done.returncode == 1 and (tmp_path / "gpu" / "checks.txt").exists()  # the good one of before
+
+
+def test_out_of_time_ends_the_script_there(run):
+    done, calls = run(FAILS="activation=swiglu", CODE="124")
+    assert done.returncode == 124 and names(calls) == ["pytest", "benchmark", "benchmark"]
+    done, calls = run(LIMIT="150")
+    assert done.returncode == 124 and "too little is left" in done.stderr and calls == []
+
+
+def test_a_peer_that_is_not_there_is_said_and_leaves_no_file(run, tmp_path):
+    done, calls = run("benchmark", NO_TORCH="1")
+    assert done.returncode == 0 and done.stderr.count("is not installed") == 3 and len(calls) == 2
+    assert not (tmp_path / "gpu" / "benchmark-original.json").exists()
+
+
+def test_corpora_need_no_gpu(run):
+    done, calls = run("corpora")
+    assert done.returncode == 0 and names(calls) == ["ablation", "ablation", "waterfall"]
+    assert all("|--check_only|" in call and call.endswith("|cpu") for call in calls)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (dict(LIMIT="570s"), "LIMIT=570s: give whole seconds"),
+        (dict(LIMIT="08"), "LIMIT=08: give whole seconds"),
+        (dict(stage="check"), "STAGE=check: choose"),
+        (dict(books="none.jsonl"), "BOOKS=none.jsonl: no file"),
+        (dict(books=ROOT), "no file that can be read"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_written(run, tmp_path, wrong, said):
+    done, calls = run(**wrong)
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1 and calls == []
+    assert not (tmp_path / "gpu").exists()
