@@ -4,7 +4,7 @@
 # was stopped; a stage that fails keeps none of the others from running.
 # On an H200 checks take 2 minutes, a file of the benchmark 2 (by torch.compile more), published 4; the others have not
 # been run yet. BOOKS is a corpus of long documents that needs no network; its field `text` is read.
-#   corpora    needs no GPU: what the last three read is cut into tokens, by the same BOOKS
+#   corpora    needs no GPU: what the last three read is cut into tokens, by the same BOOKS (3 minutes on two CPU cores)
 #   checks     the paths that only a GPU takes
 #   benchmark  step times at the three shapes, beside PyTorch (where torch and transformers are installed), and a profile
 #   memory     what fits 24 GiB at each length, and what real steps of it take
