@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All that a GPU is asked for:  bash experiments/on_gpu.sh FOLDER [STAGE] BOOKS.jsonl.gz
 # STAGE: checks | benchmark | memory | published | study | waterfall | all (default), or corpora. Each goes on where it
-# was stopped; a stage that fails keeps none of the others from running.
+# was stopped. Checks have to pass before anything is measured; of the others one that fails keeps none from running.
 # On an H200 checks take 2 minutes, a file of the benchmark 2 (by torch.compile more), published 4; the others have not
 # been run yet. BOOKS is a corpus of long documents that needs no network; its field `text` is read.
 #   corpora    needs no GPU: what the last three read is cut into tokens, by the same BOOKS (3 minutes on two CPU cores)
@@ -112,7 +112,8 @@ trap 'pack || echo "kept.tar.gz was not made" >&2' EXIT
 
 failed=0
 if [ "$stage" = all ]; then
-    for stage_of_all in checks benchmark memory published study waterfall; do
+    checks
+    for stage_of_all in benchmark memory published study waterfall; do
         $stage_of_all || stopped || { failed=1; echo "$stage_of_all failed; the others go on" >&2; }
     done
 else

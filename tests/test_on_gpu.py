@@ -60,6 +60,8 @@ def test_a_stage_that_fails_keeps_no_other_from_running(run, tmp_path):
     assert "benchmark-unrolled-failed.json" in made and "benchmark-unrolled.json" not in made and len(made) == 5
     done, calls = run(FAILS="memory_frontier")
     assert done.returncode == 1 and "memory_check" not in names(calls) and names(calls)[-1] == "waterfall"
+    done, calls = run(FAILS="pytest", folder=tmp_path / "wrong")
+    assert done.returncode == 1 and names(calls) == ["pytest"]  # but checks: nothing is measured of what is wrong
     done, calls = run("checks", FAILS="pytest")
     assert done.returncode == 1 and (tmp_path / "gpu" / "checks.txt").exists()  # the good one of before
 

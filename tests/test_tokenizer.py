@@ -221,6 +221,8 @@ def test_a_tokenizer_that_ends_the_librarys_process_or_panics_is_refused_in_one_
     assert "has 4000000001 tokens" in refuse(config)
     file.write_text(json.dumps({**good, "normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}))
     assert "no tokenizer.json" in refuse(config) and "\n" not in refuse(config)
+    file.write_text("[" * 100_000)
+    assert "no tokenizer.json" in refuse(config)
 
 
 def test_a_tokenizer_file_that_cannot_be_read_is_refused(tmp_path, monkeypatch):

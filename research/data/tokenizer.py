@@ -188,7 +188,7 @@ def _highest_id(text: bytes) -> int:
     try:
         described = json.loads(text)
         return max(*described["model"]["vocab"].values(), *(token["id"] for token in described["added_tokens"]), -1)
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return -1  # the library, or what is asked of it, says what is wrong
 
 
