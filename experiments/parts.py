@@ -161,7 +161,7 @@ def _experts(c: ModelConfig, hidden: jax.Array, d_hidden: jax.Array, draw: Calla
     sizes_E = sizes_E.at[0].add(own - own // E * E)
     rows = sharding.P((*sharding.BATCH, "seq"))
     names = ("up", "gate") if c.activation == "swiglu" else ("up",)
-    weights = {name: draw(E, D, F, scale=D**-0.5) for name in names} | {"down": draw(E, F, D, scale=F**-0.5)}
+    weights = {name: draw(E, D, F, scale=D**-0.5) for name in names} | {"down": draw(E, D, F, scale=F**-0.5)}
     share = jax.nn.sigmoid(draw(M, spec=rows, dtype=jnp.float32))
     arguments = (draw(M, D, spec=rows), draw(M, D, spec=rows), share, weights)
 

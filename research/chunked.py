@@ -41,18 +41,16 @@ def chunked(
 
     segments and words: a pair each, of the queries [B, T] and [B, H, T] and of the keys, or None.
     """
-    batch, queries, heads, width = q_BTHK.shape
+    queries, heads = q_BTHK.shape[1:3]
     block = block_of(queries, chunk)
     of_queries, of_keys = {}, {}
     if segments is not None:
-        of_queries["segments"], of_keys["segments"] = (jnp.repeat(x, heads, axis=0) for x in segments)
+        of_queries["segments"], of_keys["segments"] = (jnp.repeat(x[:, :, None, None], heads, axis=2) for x in segments)
     if words is not None:
-        of_queries["words"], of_keys["words"] = (x.reshape(batch * heads, -1) for x in words)
-    of_queries = {name: _fill_up(x[:, :, None], block, 1) for name, x in of_queries.items()}
-    of_keys = {name: _fill_up(x[:, None, :], block, 2) for name, x in of_keys.items()}
-    q_RTK, k_RSK, v_RSK = keep([_fill_up(_to_rows(x), block, 1) for x in (q_BTHK, k_BSHK, v_BSHK)])
-    out_RTK = _attend(q_RTK, k_RSK, v_RSK, of_queries, of_keys, start, dropout, block, k_BSHK.shape[1] - queries)
-    return out_RTK[:, :queries].reshape(batch, heads, queries, width).swapaxes(1, 2)
+        of_queries["words"], of_keys["words"] = (x.swapaxes(1, 2)[..., None] for x in words)
+    of_queries, of_keys = jax.tree.map(lambda x: _fill_up(x, block), (of_queries, of_keys))
+    q, k, v = keep([_fill_up(x, block) for x in (q_BTHK, k_BSHK, v_BSHK)])
+    return _attend(q, k, v, of_queries, of_keys, start, dropout, block, k_BSHK.shape[1] - queries)[:, :queries]
 
 
 def block_of(queries: int, chunk: int) -> int:
@@ -61,20 +59,15 @@ def block_of(queries: int, chunk: int) -> int:
     return 2 * -(-queries // (2 * blocks))
 
 
-def _to_rows(x_BTHK: jax.Array) -> jax.Array:
-    batch, length, heads, width = x_BTHK.shape
-    return x_BTHK.swapaxes(1, 2).reshape(batch * heads, length, width)
-
-
-def _fill_up(x: jax.Array, block: int, axis: int) -> jax.Array:
+def _fill_up(x_BTHX: jax.Array, block: int) -> jax.Array:
     """Whole blocks. What is added comes after every query that counts, and its own results are cut off."""
-    return jnp.pad(x, [(0, -x.shape[axis] % block if at == axis else 0) for at in range(x.ndim)])
+    return jnp.pad(x_BTHX, [(0, -x_BTHX.shape[1] % block if axis == 1 else 0) for axis in range(4)])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
-def _attend(q_RTK, k_RSK, v_RSK, of_queries, of_keys, start, dropout, block, before):
+def _attend(q_BTHK, k_BSHK, v_BSHK, of_queries, of_keys, start, dropout, block, before):
     """before: keys before the first query of the last shard. of_queries, of_keys: segments and words, by name."""
-    return _attend_forward(q_RTK, k_RSK, v_RSK, of_queries, of_keys, start, dropout, block, before)[0]
+    return _attend_forward(q_BTHK, k_BSHK, v_BSHK, of_queries, of_keys, start, dropout, block, before)[0]
 
 
 def _attend_forward(q, k, v, of_queries, of_keys, start, dropout, block, before):
@@ -95,16 +88,45 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _in_groups(run: Callable, sides: tuple[dict, dict], block: int) -> Any:
-    """`run(queries' arrays, keys' arrays)`. CPU: a row (one head of one sequence) at a time, which makes plain matrix
-    products of them all; else as many rows at once as SCORES_BYTES hold, so that memory does not grow with the rows."""
-    rows = sides[0]["q"].shape[0]
-    size = 1 if platform() == "cpu" else rows_at_once(rows, block * block)
+    """`run(queries' arrays, keys' arrays)` of rows [..., T, X], in and out of arrays [B, T, H, X]. On a CPU a row at a
+    time; else as many at once as SCORES_BYTES hold, so that memory does not grow with the rows."""
+    if platform() == "cpu":
+        return _row_by_row(run, sides)
+    batch, _, heads, _ = sides[0]["q"].shape
+    rows = batch * heads
+    sides = jax.tree.map(lambda x: x.swapaxes(1, 2).reshape(rows, x.shape[1], x.shape[3]), sides)
+    size = rows_at_once(rows, block * block)
     if size == rows:
-        return run(*sides)
-    groups = (rows // size,) if size == 1 else (rows // size, size)
-    grouped = jax.tree.map(lambda x: x.reshape(*groups, *x.shape[1:]), sides)
-    outs = jax.lax.scan(lambda _, group: (None, run(*group)), None, grouped)[1]
-    return jax.tree.map(lambda x: x.reshape(rows, *x.shape[len(groups) :]), outs)
+        outs = run(*sides)
+    else:
+        groups = jax.tree.map(lambda x: x.reshape(rows // size, size, *x.shape[1:]), sides)
+        outs = jax.lax.scan(lambda _, group: (None, run(*group)), None, groups)[1]
+    return jax.tree.map(lambda x: x.reshape(batch, heads, *x.shape[-2:]).swapaxes(1, 2), outs)
+
+
+def _row_by_row(run: Callable, sides: tuple[dict, dict]) -> Any:
+    """One head of one sequence at a time, which makes plain matrix products of them all. Each is cut from where it lies
+    and its results are put where they belong: to turn whole arrays around, heads first, takes a CPU longer."""
+    q = sides[0]["q"]
+    batch, _, heads, _ = q.shape
+
+    def one(row, outs):
+        at = row // heads, 0, row % heads, 0
+        parts = run(*jax.tree.map(lambda x: _row(x, at), sides))
+        return jax.tree.map(lambda out, part: _with_row(out, part, at), outs, parts)
+
+    shapes = jax.eval_shape(run, *jax.tree.map(lambda x: _row(x, (0, 0, 0, 0)), sides))
+    outs = jax.tree.map(lambda x: _full(q, (batch, x.shape[0], heads, x.shape[1]), 0, x.dtype), shapes)
+    return jax.lax.fori_loop(0, batch * heads, one, outs)
+
+
+def _row(x_BTHX, at):
+    _, length, _, width = x_BTHX.shape
+    return jax.lax.dynamic_slice(x_BTHX, at, (1, length, 1, width), allow_negative_indices=False)[0, :, 0]
+
+
+def _with_row(x_BTHX, row_TX, at):
+    return jax.lax.dynamic_update_slice(x_BTHX, row_TX[None, :, None], at, allow_negative_indices=False)
 
 
 def rows_at_once(rows: int, scores: int) -> int:
@@ -126,7 +148,7 @@ def _forward(start, dropout, block, before, queries, keys):
         exps, shrink = jnp.exp(scores * scale - new), jnp.exp(largest - new)
         sums = sums * shrink + exps.sum(axis=-1, keepdims=True)
         if dropout > 0:
-            exps = exps * multipliers(mine["words"], theirs["words"], dropout)
+            exps = exps * multipliers(mine["words"], theirs["words"].mT, dropout)
         mixed = jnp.einsum(
             "...qs,...sk->...qk", exps.astype(theirs["v"].dtype), theirs["v"], preferred_element_type=exact
         )
@@ -153,7 +175,7 @@ def _backward(start, dropout, block, before, queries, keys):
         theirs = _keys_from(keys, j, size)
         p = jnp.exp(_scores(mine, theirs, start + i - j if masked else None) * scale - mine["lse"])
         d_p = product("...qk,...sk->...qs", mine["d_out"], theirs["v"])
-        kept = multipliers(mine["words"], theirs["words"], dropout) if dropout > 0 else 1.0
+        kept = multipliers(mine["words"], theirs["words"].mT, dropout) if dropout > 0 else 1.0
         d_scores = (p * (d_p * kept - mine["delta"]) * scale).astype(q.dtype)
         dq += product("...qs,...sk->...qk", d_scores, theirs["k"])
         dk = _added(dk, product("...qs,...qk->...ks", d_scores, mine["q"]), j)
@@ -221,7 +243,7 @@ def _scores(mine, theirs, ahead):
         allowed = ahead + jnp.arange(q.shape[-2])[:, None] >= jnp.arange(k.shape[-2])
         scores = jnp.where(allowed, scores, MASKED)
     if "segments" in mine:
-        scores = jnp.where(mine["segments"] == theirs["segments"], scores, MASKED)
+        scores = jnp.where(mine["segments"] == theirs["segments"].mT, scores, MASKED)
     return scores
 
 
@@ -230,7 +252,7 @@ def _queries_from(queries, first, size):
 
 
 def _keys_from(keys, first, size):
-    return {name: _cut(x, first, size, -2 if name in ("k", "v") else -1) for name, x in keys.items()}
+    return {name: _cut(x, first, size) for name, x in keys.items()}
 
 
 def _cut(x, first, size, axis=-2):

@@ -14,9 +14,13 @@ from research import heaps
 
 MOST = 8  # each holds the parameters and the optimiser's state, and all of them share one memory
 FLAG = "xla_force_host_platform_device_count"  # of those who say it themselves
-OPTIONS = {  # of XLA, that they may also say themselves; a step takes 3 to 7 % less time with both
-    "xla_cpu_prefer_vector_width": "512",  # XLA's 256 bits take AVX-512 cores twice as long for an exponential
-    "xla_cpu_enable_concurrency_optimized_scheduler": "false",  # a core runs one operation after another
+OPTIONS = {  # of XLA, by name, that they may also say themselves
+    # XLA's 256 bits take AVX-512 cores twice as long for an exponential.
+    "xla_cpu_prefer_vector_width": "--xla_cpu_prefer_vector_width=512",
+    # A core runs one operation after another.
+    "xla_cpu_enable_concurrency_optimized_scheduler": "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+    # It takes sums in place through the stack, at a fifth of the speed (jaxlib 0.10).
+    "xla_cpu_disable_tiled_emitter": "--xla_backend_extra_options=xla_cpu_disable_tiled_emitter",
 }
 
 
@@ -37,7 +41,7 @@ def as_devices() -> None:
 def set_options() -> None:
     """Gives XLA those of OPTIONS that are not in XLA_FLAGS; without effect where it has compiled something."""
     chosen = os.environ.get("XLA_FLAGS", "")
-    ours = [f"--{name}={value}" for name, value in OPTIONS.items() if name not in chosen]
+    ours = [option for name, option in OPTIONS.items() if name not in chosen]
     os.environ["XLA_FLAGS"] = " ".join([chosen, *ours]).strip()
 
 

@@ -104,11 +104,11 @@ def _blocks_backward(expert, block, saved, dy_MD):
             _, vjp = jax.vjp(lambda rows, share, w: expert(rows, w, jnp.matmul, drawn, share), rows, share, w)
             *d_own, d_w = vjp(dy if own is None else jnp.where(own, dy, 0))
             done = _paste(done, tuple(d_own), (dy, d_share), own, start)
-            return done, jax.tree.map(lambda total, g: total + _wide(g).astype(total.dtype), dw, d_w)
+            return done, jax.tree.map(lambda total, g: total + g.astype(total.dtype), dw, d_w)
 
-        zeros = jax.tree.map(lambda a: _zeros(_wide(a), jnp.promote_types(a.dtype, jnp.float32)), w)
+        zeros = jax.tree.map(lambda a: _zeros(a, jnp.promote_types(a.dtype, jnp.float32)), w)
         done, dw = _walk(size, block, one_block, (done, zeros))
-        return done, jax.tree.map(lambda total, a: (total.mT if _is_tall(a) else total).astype(a.dtype), dw, w)
+        return done, jax.tree.map(lambda total, a: total.astype(a.dtype), dw, w)
 
     done = dy_MD, jax.tree.map(_zeros, share_M)  # gradients of the rows take the place of those of the results
     (dx, d_share), dw = lax.scan(one_expert, done, _scanned(weights, sizes_E))
@@ -136,15 +136,6 @@ def _window(first, size, at, length, whole, num_rows):
     start = jnp.minimum(first + at, num_rows - length)
     row = start + jnp.arange(length)
     return start, ((row >= first + at) & (row < first + size))[:, None]
-
-
-def _wide(weight):
-    """Turned around where it is tall: as the product of a few columns with many, its gradient takes half the time."""
-    return weight.mT if _is_tall(weight) else weight
-
-
-def _is_tall(weight):
-    return weight.ndim > 1 and weight.shape[-2] > weight.shape[-1]
 
 
 def _cut(arrays, start, block):

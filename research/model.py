@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from research import attention, grouped, moe, sharding
 from research.dropout import apply, dropout, words
+from research.linear import project
 from research.remat import KEPT_ONLY
 
 
@@ -109,7 +110,7 @@ def make_expert(activation: str, dropout_rate: float) -> grouped.Expert:
                 hidden_MF = apply(hidden_MF, *words(key, hidden_MF.shape), dropout_rate)
             if share_M is not None:
                 hidden_MF = (hidden_MF * share_M[:, None]).astype(hidden_MF.dtype)
-            return multiply(hidden_MF, down)
+            return multiply(hidden_MF, down.mT)
 
         # The hidden layer is the largest array of a layer: the backward pass makes it again from the products before.
         gate_MF = multiply(x_MD, weights["gate"]) if activation == "swiglu" else None
@@ -156,22 +157,22 @@ class Block(nn.Module):
         c = self.config
         D, H = c.d_model, c.num_heads
         K = D // H
-        qkv = self.use(self.weight("qkv", (D, 3, H, K), 0))
-        out = self.use(self.weight("attention_out", (H, K, D), 2))
+        qkv = self.weight("qkv", (D, 3, H, K), 0)
+        qkv = jnp.concatenate([attention.deinterleave(qkv[:, :2]), qkv[:, 2:]], axis=1)
+        qkv, out = self.use(qkv), self.use(self.weight("attention_out", (H, K, D), 2))
 
         @functools.partial(jax.checkpoint, prevent_cse=False)  # normalised again in the backward pass, not kept
-        def project(hidden_BTD: jax.Array, scale_D: jax.Array, qkv: jax.Array) -> tuple[jax.Array, ...]:
+        def make_qkv(hidden_BTD: jax.Array, scale_D: jax.Array, qkv: jax.Array) -> tuple[jax.Array, ...]:
             x_BTD = normalize(hidden_BTD, scale_D, c.norm_epsilon)
-            q, k = (jnp.einsum("btd,dhk->bthk", x_BTD, attention.deinterleave(qkv[:, i])) for i in (0, 1))
-            v = jnp.einsum("btd,dhk->bthk", x_BTD, qkv[:, 2])
+            q, k, v = jnp.unstack(project(x_BTD, qkv).reshape(*x_BTD.shape[:2], 3, H, K), axis=2)
             return attention.rotate(q, *rotary), attention.rotate(k, *rotary), v
 
         mixed_BTHK = attention.attend(
-            *project(hidden_BTD, scale_D, qkv),
+            *make_qkv(hidden_BTD, scale_D, qkv),
             backend=self.attention_backend(segments_BT), chunk=c.attention_chunk, segments_BT=segments_BT,
             dropout=c.dropout if self.train else 0.0, key=self.key("dropout"),
         )  # fmt: skip
-        return jnp.einsum("bthk,hkd->btd", mixed_BTHK, out)
+        return project(mixed_BTHK.reshape(hidden_BTD.shape), out)
 
     def attention_backend(self, segments_BT: jax.Array | None) -> str:
         c = self.config
@@ -190,7 +191,7 @@ class Block(nn.Module):
         router = sharding.gather(self.weight("router", (D, E), 0), jnp.float32)
         names = ("up", "gate") if c.activation == "swiglu" else ("up",)
         weights = {name: self.use(self.weight(name, (E, D, F), 1)) for name in names}
-        weights["down"] = self.use(self.weight("down", (E, F, D), 2))
+        weights["down"] = self.use(self.weight("down", (E, D, F), 1))
         return moe.moe(
             x_BTD, router, weights, make_expert(c.activation, c.dropout),
             num_chosen=c.experts_per_token,

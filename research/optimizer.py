@@ -14,15 +14,15 @@ from jax.sharding import PartitionSpec as P
 
 from research.sharding import AXES
 
-# How many trailing axes of a parameter are a matrix's input and output; axes before them (layers, experts) are a stack.
+# Whether a parameter's trailing axes are a matrix's inputs or outputs; axes before them (layers, experts) are a stack.
 # A parameter that is not named here (the embedding, the norms, a fork's own) is AdamW's.
 MATRICES = {
-    "qkv": (1, 3),  # [L, D, (3, H, K)]
-    "attention_out": (2, 1),  # [L, (H, K), D]
-    "router": (1, 1),  # [L, D, E]
-    "up": (1, 1),  # [L, E, D, F]
-    "gate": (1, 1),
-    "down": (1, 1),  # [L, E, F, D]
+    "qkv": "iooo",  # [L, D, (3, H, K)]
+    "attention_out": "iio",  # [L, (H, K), D]
+    "router": "io",  # [L, D, E]
+    "up": "io",  # [L, E, D, F]
+    "gate": "io",
+    "down": "oi",  # [L, E, D, F]
 }
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_MAPS = (3, 2)  # between visits to the matrix itself
@@ -88,30 +88,30 @@ def scale_by_muon(beta: float) -> optax.GradientTransformation:
     def update(grads: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
         momentum = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, state.momentum, grads)
         ahead = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, momentum, grads)
-        updates = jax.tree_util.tree_map_with_path(lambda path, x: orthogonalize(x, *MATRICES[path[-1].key]), ahead)
+        updates = jax.tree_util.tree_map_with_path(lambda path, x: orthogonalize(x, MATRICES[path[-1].key]), ahead)
         return updates, MuonState(momentum)
 
     return optax.GradientTransformation(init, update)
 
 
-def orthogonalize(x: jax.Array, num_inputs: int, num_outputs: int) -> jax.Array:
-    """Each matrix of a stack [..., inputs, outputs] made orthogonal and scaled by sqrt(max(1, outputs / inputs)).
+def orthogonalize(x: jax.Array, axes: str) -> jax.Array:
+    """Each matrix of a stack made orthogonal and scaled by sqrt(max(1, outputs / inputs)); axes as in MATRICES.
 
     On a mesh the matrices are made whole and the stack is divided over as many devices as divide it.
     """
     spec = jax.typeof(x).sharding.spec
-    stack, rows, cols = _stack(x.shape, num_inputs, num_outputs)
+    stack, rows, cols = _stack(x.shape, axes)
     # Gathered whole, then cut along the stack: steps that the partitioner has a collective for.
     matrices = jax.reshard(x, P()).reshape(stack, rows, cols)
     matrices = jax.reshard(matrices, P(_dividing_axes(matrices.shape[0]), None, None))
-    updates = newton_schulz(matrices) * math.sqrt(max(1, cols / rows))
+    updates = newton_schulz(matrices) * math.sqrt(max(1, cols / rows if axes[0] == "i" else rows / cols))
     return jax.reshard(jax.reshard(updates, P()).reshape(x.shape), spec)
 
 
-def _stack(shape: tuple[int, ...], num_inputs: int, num_outputs: int) -> tuple[int, int, int]:
+def _stack(shape: tuple[int, ...], axes: str) -> tuple[int, int, int]:
     """(number of matrices, rows, columns) of a parameter."""
-    inputs, outputs = len(shape) - num_inputs - num_outputs, len(shape) - num_outputs
-    return math.prod(shape[:inputs]), math.prod(shape[inputs:outputs]), math.prod(shape[outputs:])
+    stacked, first = len(shape) - len(axes), axes.count(axes[0])
+    return math.prod(shape[:stacked]), math.prod(shape[stacked : stacked + first]), math.prod(shape[stacked + first :])
 
 
 def _dividing_axes(length: int) -> tuple[str, ...] | None:
@@ -129,7 +129,7 @@ def newton_schulz_share(params: Any) -> float:
     whole = own = 0.0
     for path, x in jax.tree_util.tree_leaves_with_path(params):
         if path[-1].key in MATRICES:
-            stack, rows, cols = _stack(x.shape, *MATRICES[path[-1].key])
+            stack, rows, cols = _stack(x.shape, MATRICES[path[-1].key])
             small, large = sorted((rows, cols))
             cost = stack * small * small * (2 * large + 7 * small)  # products: see newton_schulz
             axes = _dividing_axes(stack) or ()

@@ -48,9 +48,8 @@ def bigger(params, rng: np.random.Generator):
         name, shape = path[-1].key, np.shape(x)
         if name.endswith("norm"):
             return (1 + 0.3 * rng.standard_normal(shape)).astype(np.float32)
-        inputs, outputs = MATRICES.get(name, (0, 1))
-        end = len(shape) - outputs
-        fan_in = np.prod(shape[end - inputs : end]) if inputs else shape[-1]
+        axes = MATRICES.get(name, "i")
+        fan_in = np.prod([size for size, kind in zip(shape[-len(axes) :], axes, strict=True) if kind == "i"])
         return (1.5 * rng.standard_normal(shape) / np.sqrt(fan_in)).astype(np.float32)
 
     return jax.tree_util.tree_map_with_path(draw, params)

@@ -37,7 +37,7 @@ def test_experts_at_once_are_block_experts(rng, dtype, fast):
     x = jnp.asarray(rng.standard_normal((512, 64)), dtype)
     weights = {
         "up": jnp.asarray(rng.standard_normal((8, 64, 128)) / 8, dtype),
-        "down": jnp.asarray(rng.standard_normal((8, 128, 64)) / 11, dtype),
+        "down": jnp.asarray(rng.standard_normal((8, 64, 128)) / 11, dtype),
     }
     sizes = jnp.asarray([100, 0, 12, 200, 50, 50, 99, 1], jnp.int32)
 

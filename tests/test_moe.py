@@ -15,8 +15,8 @@ from tests.small import placed, relative
 
 
 def make_weights(rng, experts, width, hidden, names=("up", "down")):
-    shapes = dict(up=(width, hidden), gate=(width, hidden), down=(hidden, width))
-    return {name: rng.standard_normal((experts, *shapes[name])) / np.sqrt(shapes[name][0]) for name in names}
+    inputs = dict(up=width, gate=width, down=hidden)
+    return {name: rng.standard_normal((experts, width, hidden)) / np.sqrt(inputs[name]) for name in names}
 
 
 ROWS, EXPERTS = 24, 4
@@ -29,7 +29,7 @@ def every_expert(x, weights, sizes, activation):
     gate = jnp.einsum("md,edf->emf", x, weights["gate"])
     hidden = silu(gate) * hidden if activation == "swiglu" else silu(hidden)
     own = jnp.repeat(jnp.arange(len(sizes)), sizes, total_repeat_length=ROWS)[None] == jnp.arange(len(sizes))[:, None]
-    return jnp.einsum("emf,efd,em->md", hidden, weights["down"], own)
+    return jnp.einsum("emf,edf,em->md", hidden, weights["down"], own)
 
 
 @functools.partial(jax.jit, static_argnames=("backend", "activation", "block"))
@@ -109,7 +109,7 @@ def plain_layer(x_ND, router, weights, chosen):
         share = np.exp(row[best] - row[best].max())
         for e, w in zip(best, share / share.sum(), strict=True):
             hidden = x_ND[n] @ weights["up"][e]
-            out[n] += w * ((hidden / (1 + np.exp(-hidden))) @ weights["down"][e])
+            out[n] += w * ((hidden / (1 + np.exp(-hidden))) @ weights["down"][e].T)
     return out, logits
 
 
@@ -159,7 +159,7 @@ def test_layer_gradients_equal_the_dense_layer(rng, one_device):
         logits = x @ router
         share = jax.nn.softmax(jnp.where(kept, logits, -jnp.inf), axis=-1)
         hidden = jax.nn.silu(jnp.einsum("btd,edf->btef", x, weights["up"]))
-        return jnp.sum(jnp.einsum("btef,efd,bte->btd", hidden, weights["down"], share) * cotangent)
+        return jnp.sum(jnp.einsum("btef,edf,bte->btd", hidden, weights["down"], share) * cotangent)
 
     found, wanted = (jax.jit(jax.grad(f, argnums=(0, 1, 2)))(x, router, weights) for f in (routed, dense))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):

@@ -39,7 +39,7 @@ def test_a_fifth_of_the_places_are_empty_at_most(num_rows, experts, block):
 def test_tiles_are_blocks_of_each_expert_in_float64(rng, dtype, tolerance, activation):
     """Values and gradients; the numbers that float64 sees are those of the lower precision."""
     sizes = jnp.asarray([130, 0, 1, 125], jnp.int32)
-    shapes = dict(x=(256, 16), up=(4, 16, 24), gate=(4, 16, 24), down=(4, 24, 16), cotangent=(256, 16))
+    shapes = dict(x=(256, 16), up=(4, 16, 24), gate=(4, 16, 24), down=(4, 16, 24), cotangent=(256, 16))
     arrays = {name: jnp.asarray(rng.standard_normal(shape) / 4, dtype) for name, shape in shapes.items()}
 
     def outcome(backend, arrays):
@@ -130,7 +130,7 @@ def test_kernels_are_the_products_of_tiles_in_float64(owners, rows, width, hidde
 def test_experts_on_kernels_are_experts_on_einsum(rng, monkeypatch):
     """Through `multiply` and its own gradient, as a GPU runs it."""
     sizes = jnp.asarray([40, 0, 71, 17], jnp.int32)
-    shapes = dict(x=(128, 32), up=(4, 32, 48), down=(4, 48, 32), cotangent=(128, 32))
+    shapes = dict(x=(128, 32), up=(4, 32, 48), down=(4, 32, 48), cotangent=(128, 32))
     arrays = {name: jnp.asarray(rng.standard_normal(shape) / 4, jnp.bfloat16) for name, shape in shapes.items()}
 
     def outcome():

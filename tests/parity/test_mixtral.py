@@ -36,7 +36,7 @@ def in_their_layout(tree: dict, config) -> dict[str, np.ndarray]:
         named[f"{at}mlp.gate.weight"] = layer["router"].T
         gate_up = np.concatenate([layer["gate"], layer["up"]], axis=-1)
         named[f"{at}mlp.experts.gate_up_proj"] = gate_up.swapaxes(1, 2)
-        named[f"{at}mlp.experts.down_proj"] = layer["down"].swapaxes(1, 2)
+        named[f"{at}mlp.experts.down_proj"] = layer["down"]
         named[f"{at}input_layernorm.weight"] = layer["attention_norm"]
         named[f"{at}post_attention_layernorm.weight"] = layer["moe_norm"]
     return named

@@ -91,7 +91,8 @@ def in_torch_layout(tree: dict, config: ModelConfig) -> dict[str, np.ndarray]:
             f"blocks.{i}.moe.router.weight": ours["router"].T,
         }
         for e, (theirs, name) in itertools.product(range(config.num_experts), experts.items()):
-            named[f"blocks.{i}.moe.experts.{e}.{theirs}.weight"] = ours[name][e].T
+            weight = ours[name][e]
+            named[f"blocks.{i}.moe.experts.{e}.{theirs}.weight"] = weight if name == "down" else weight.T
     return named
 
 
