@@ -19,6 +19,7 @@ from experiments.contestants import seconds_of
 from research import attention, cores, grouped, loss, moe, sharding
 from research.analysis import compute
 from research.config import num_steps
+from research.linear import project
 from research.model import ModelConfig, MoETransformer, look_up, make_expert, rms_norm
 from research.optimizer import make_optimizer
 
@@ -103,12 +104,10 @@ def _attention(c: ModelConfig, hidden: jax.Array, d_hidden: jax.Array, draw: Cal
     H, K = c.num_heads, c.d_model // c.num_heads
     rotary = attention.rotary_tables(jnp.arange(T)[None], K, c.rope_base)
 
-    def project(x_BTD: jax.Array, scale_D: jax.Array, qkv: jax.Array, out: jax.Array) -> jax.Array:
+    def projections(x_BTD: jax.Array, scale_D: jax.Array, qkv: jax.Array, out: jax.Array) -> jax.Array:
         qkv, out = (sharding.gather(w, w.dtype) for w in (qkv, out))
-        x_BTD = rms_norm(x_BTD, scale_D, c.norm_epsilon)
-        q, k = (jnp.einsum("btd,dhk->bthk", x_BTD, attention.deinterleave(qkv[:, i])) for i in (0, 1))
-        v = jnp.einsum("btd,dhk->bthk", x_BTD, qkv[:, 2])
-        return jnp.einsum("bthk,hkd->btd", attention.rotate(q, *rotary) + attention.rotate(k, *rotary) + v, out)
+        q, k, v = attention.make_qkv(rms_norm(x_BTD, scale_D, c.norm_epsilon), qkv, rotary)
+        return project((q + k + v).reshape(B, T, D), out)
 
     backend = attention.resolve_backend(
         c.attention, sharding.platform(), dtype=c.dtype, head_dim=K, dropout=c.dropout, masked=False, seq=1
@@ -122,7 +121,7 @@ def _attention(c: ModelConfig, hidden: jax.Array, d_hidden: jax.Array, draw: Cal
     weights = draw(D, dtype=jnp.float32), draw(D, 3, H, K, scale=D**-0.5), draw(H, K, D, scale=D**-0.5)
     qkv = tuple(draw(B, T, H, K, spec=heads) for _ in range(3))
     return [
-        Part("projections of attention", c.num_layers, with_gradients(project), (d_hidden, hidden, *weights)),
+        Part("projections of attention", c.num_layers, with_gradients(projections), (d_hidden, hidden, *weights)),
         Part("attention", c.num_layers, with_gradients(attend), (draw(B, T, H, K, spec=heads), *qkv)),
     ]
 

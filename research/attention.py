@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from research import chunked, flash
+from research.linear import project
 from research.sharding import AXES, BATCH, TOKENS, platform, varying
 
 MASKED = -1e30
@@ -39,6 +40,13 @@ def rotate(x_BTHK: jax.Array, cos_BTK: jax.Array, sin_BTK: jax.Array) -> jax.Arr
     cos, sin = cos_BTK[:, :, None], sin_BTK[:, :, None]
     out = jnp.concatenate([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
     return out.astype(x_BTHK.dtype)
+
+
+def make_qkv(x_BTD: jax.Array, qkv: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+    """Queries, keys and values [B, T, H, K], the first two rotated. qkv: [D, 3, H, K], `whole`; rotary: the tables."""
+    qkv = jnp.concatenate([deinterleave(qkv[:, :2]), qkv[:, 2:]], axis=1)
+    q, k, v = jnp.unstack(project(x_BTD, qkv).reshape(*x_BTD.shape[:2], *qkv.shape[1:]), axis=2)
+    return rotate(q, *rotary), rotate(k, *rotary), v
 
 
 def resolve_backend(

@@ -157,15 +157,12 @@ class Block(nn.Module):
         c = self.config
         D, H = c.d_model, c.num_heads
         K = D // H
-        qkv = self.weight("qkv", (D, 3, H, K), 0)
-        qkv = jnp.concatenate([attention.deinterleave(qkv[:, :2]), qkv[:, 2:]], axis=1)
-        qkv, out = self.use(qkv), self.use(self.weight("attention_out", (H, K, D), 2))
+        qkv = self.use(self.weight("qkv", (D, 3, H, K), 0))
+        out = self.use(self.weight("attention_out", (H, K, D), 2))
 
         @functools.partial(jax.checkpoint, prevent_cse=False)  # normalised again in the backward pass, not kept
         def make_qkv(hidden_BTD: jax.Array, scale_D: jax.Array, qkv: jax.Array) -> tuple[jax.Array, ...]:
-            x_BTD = normalize(hidden_BTD, scale_D, c.norm_epsilon)
-            q, k, v = jnp.unstack(project(x_BTD, qkv).reshape(*x_BTD.shape[:2], 3, H, K), axis=2)
-            return attention.rotate(q, *rotary), attention.rotate(k, *rotary), v
+            return attention.make_qkv(normalize(hidden_BTD, scale_D, c.norm_epsilon), qkv, rotary)
 
         mixed_BTHK = attention.attend(
             *make_qkv(hidden_BTD, scale_D, qkv),
