@@ -35,6 +35,7 @@ SOURCES = (
     "heaps",
     "jaxprs",
     "kernels",
+    "linear",
     "loss",
     "loss_kernels",
     "model",
