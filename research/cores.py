@@ -19,7 +19,7 @@ OPTIONS = {  # of XLA, by name, that they may also say themselves
     "xla_cpu_prefer_vector_width": "--xla_cpu_prefer_vector_width=512",
     # A core runs one operation after another.
     "xla_cpu_enable_concurrency_optimized_scheduler": "--xla_cpu_enable_concurrency_optimized_scheduler=false",
-    # It takes sums in place through the stack, at a fifth of the speed (jaxlib 0.10).
+    # The tiled emitter takes sums in place through the stack, at a fifth of the speed (jaxlib 0.10).
     "xla_cpu_disable_tiled_emitter": "--xla_backend_extra_options=xla_cpu_disable_tiled_emitter",
     # Unrolled, an inner loop of 32 numbers (a head's width) is not made of vectors: again a fifth.
     "xla_cpu_disable_loop_unrolling": "--xla_backend_extra_options=xla_cpu_disable_loop_unrolling",
