@@ -139,6 +139,23 @@ def test_a_document_that_differs_in_what_editors_add_is_a_copy(tmp_path, how):
     assert len({split for _, split in found.values()}) == 2
 
 
+CUT = EDITED | {"another end, after the cut": lambda text: text[:20] + "six"}
+
+
+@pytest.mark.parametrize("how", CUT)
+def test_copies_are_found_where_texts_are_cut(tmp_path, how):
+    """What editors add moves the cut, so cut texts may differ; texts that differ may be equal once they are cut."""
+    config = corpus_config(tmp_path, 0, max_document_chars=20)
+    for i in range(20):
+        text = f"{i:02d}\nzero\none\ntwo\nthree\nfour\nfive\n"
+        (tmp_path / "text" / f"{i:02d}.txt").write_bytes(text.encode())
+        (tmp_path / "text" / f"{i:02d}-copy.txt").write_bytes(CUT[how](text).encode())
+    found = {document.id: (document.text, split) for document, split in build._split(config)}
+    assert all(len(text) == 20 for text, _ in found.values())
+    assert [found[f"{i:02d}-copy.txt"][1] for i in range(20)] == [found[f"{i:02d}.txt"][1] for i in range(20)]
+    assert len({split for _, split in found.values()}) == 2
+
+
 def test_a_document_that_differs_within_a_line_is_no_copy(tmp_path):
     assert len({build._plain(text) for text in ("a b", "a  b", " a b", "a\nb", "a\n\nb", "ab")}) == 6
 

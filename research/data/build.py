@@ -18,7 +18,7 @@ from research.data.corpora import Document, documents, source_files
 from research.data.hub import COMMITS
 from research.data.overlap import overlap
 
-FORMAT = 3  # of the folder; raise it when the same config builds other files
+FORMAT = 4  # of the folder; raise it when the same config builds other files
 CHUNK = 1 << 24  # tokens counted at once
 LOG_EVERY = 10  # seconds
 log = logging.getLogger(__name__)
@@ -96,14 +96,18 @@ def _split(config: Any) -> Iterator[tuple[Document, str]]:
     """Each document with its split, `train` or `heldout`; under `published` all are `train`.
 
     A copy of an earlier document goes where that one went: else whole documents would leak. One that differs in line
-    ends, white space at their ends or a byte order mark is a copy too; its text stays as it is.
+    ends, white space at their ends or a byte order mark is a copy too; its text stays as it is. Where texts are cut
+    (`config.data.max_document_chars`) one that is equal before or after the cut is a copy: line ends move it.
     """
     fraction = config.data.heldout_fraction if config.data.protocol == "clean" else 0.0
     seen: dict[bytes, str] = {}
     for document in documents(config.data):
         drawn = int.from_bytes(_blake2b(f"{config.data.split_seed}\0{document.id}")) / 2**64
         split = "heldout" if drawn < fraction else "train"
-        yield document, seen.setdefault(_blake2b(_plain(document.text), size=16), split)
+        keys = [_blake2b(_plain(text), size=16) for text in dict.fromkeys((document.text, document.whole))]
+        split = next((seen[key] for key in keys if key in seen), split)
+        seen |= dict.fromkeys(keys, split)
+        yield document, split
 
 
 def _plain(text: str) -> str:

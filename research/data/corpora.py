@@ -32,10 +32,14 @@ BUILD_MADE = ("_sysconfigdata", "sitecustomize", "config-")
 
 @dataclass(frozen=True)
 class Document:
-    """`id` names the document within its corpus, without machine paths; `text` is never empty."""
+    """`id` names the document within its corpus, without machine paths; `text` is never empty.
+
+    `whole` is the text before it was cut to `config.data.max_document_chars`.
+    """
 
     id: str
     text: str
+    whole: str
 
 
 def documents(data_config: Any) -> Iterator[Document]:
@@ -44,17 +48,17 @@ def documents(data_config: Any) -> Iterator[Document]:
     Raises: ConfigError for a missing or unreadable path, no documents, text that is not UTF-8, a
     bad line or row.
     """
-    for name in ("max_documents", "max_document_chars"):
-        if data_config[name] < 0:
-            raise ConfigError(f"config.data.{name}", data_config[name], "give 0 (no limit) or more")
+    for field in ("max_documents", "max_document_chars"):
+        if data_config[field] < 0:
+            raise ConfigError(f"config.data.{field}", data_config[field], "give 0 (no limit) or more")
     count = 0
     with contextlib.closing(_read(data_config)) as found:
-        for document in found:
-            if not document.text:
+        for name, text in found:
+            if not text:
                 continue
-            _require_unicode(document, data_config)
+            _require_unicode(name, text, data_config)
             count += 1
-            yield Document(document.id, document.text[: data_config.max_document_chars or None])
+            yield Document(name, text[: data_config.max_document_chars or None], text)
             if count == data_config.max_documents:
                 return
     if not count:
@@ -95,7 +99,8 @@ def source_files(data_config: Any) -> list[tuple[str, Path]]:
     return found
 
 
-def _read(data_config: Any) -> Iterator[Document]:
+def _read(data_config: Any) -> Iterator[tuple[str, str]]:
+    """(id, text) of each document, whole."""
     files = source_files(data_config)
     if data_config.source == "hf":
         yield from _read_hub(data_config)
@@ -106,12 +111,12 @@ def _read(data_config: Any) -> Iterator[Document]:
             elif data_config.source == "parquet":
                 yield from _read_parquet(name, path, data_config)
             else:
-                yield Document(name, _decode(path.read_bytes(), 0, name, data_config))
+                yield name, _decode(path.read_bytes(), 0, name, data_config)
         except (OSError, EOFError, zlib.error) as error:
             raise _bad_path(data_config, f"{name} cannot be read: {' '.join(str(error).split())}") from error
 
 
-def _read_jsonl(name: str, path: Path, data_config: Any) -> Iterator[Document]:
+def _read_jsonl(name: str, path: Path, data_config: Any) -> Iterator[tuple[str, str]]:
     field = data_config.text_field
     start = 0  # byte in the file, after decompression
     with gzip.open(path) if name.lower().endswith(".gz") else open(path, "rb") as lines:
@@ -128,10 +133,10 @@ def _read_jsonl(name: str, path: Path, data_config: Any) -> Iterator[Document]:
                 raise _bad_field(data_config, f"{name} line {number} has no such text; it is no object")
             if not isinstance(row.get(field), str):
                 raise _bad_field(data_config, f"{name} line {number} {hub.instead(row, field)}")
-            yield Document(f"{name}:{number}", row[field])
+            yield f"{name}:{number}", row[field]
 
 
-def _read_parquet(name: str, path: Path, data_config: Any) -> Iterator[Document]:
+def _read_parquet(name: str, path: Path, data_config: Any) -> Iterator[tuple[str, str]]:
     import pyarrow
     from pyarrow import parquet
 
@@ -148,7 +153,7 @@ def _read_parquet(name: str, path: Path, data_config: Any) -> Iterator[Document]
                     text = value.as_py()
                     if not isinstance(text, str):
                         raise _bad_field(data_config, f"{name} row {number} {hub.instead({field: text}, field)}")
-                    yield Document(f"{name}:{number}", text)
+                    yield f"{name}:{number}", text
     except pyarrow.ArrowException as error:
         raise _bad_path(data_config, f"{name} is not Parquet: {hub.one_line(error)}") from error
     except UnicodeDecodeError as error:
@@ -156,7 +161,7 @@ def _read_parquet(name: str, path: Path, data_config: Any) -> Iterator[Document]
         raise _bad_path(data_config, message) from error
 
 
-def _read_hub(data_config: Any) -> Iterator[Document]:
+def _read_hub(data_config: Any) -> Iterator[tuple[str, str]]:
     """Rows of a Hugging Face data set's train split, streamed."""
     name = data_config.path.partition("@")[0]  # pinned or not, documents have the same ids
     try:
@@ -164,7 +169,7 @@ def _read_hub(data_config: Any) -> Iterator[Document]:
             for number, row in enumerate(rows):
                 if "text" not in row:
                     raise _bad_field(data_config, f"row {number} {row['instead']}")
-                yield Document(f"{name}:{number}", row["text"])
+                yield f"{name}:{number}", row["text"]
     except hub.HubError as error:
         message = f"not readable from the Hugging Face hub ({error}); use a local copy"
         raise _bad_path(data_config, message) from error
@@ -206,11 +211,11 @@ def _decode(raw: bytes, start: int, name: str, data_config: Any) -> str:
         raise _bad_path(data_config, message) from error
 
 
-def _require_unicode(document: Document, data_config: Any) -> None:
+def _require_unicode(name: str, text: str, data_config: Any) -> None:
     try:
-        document.text.encode()
+        text.encode()
     except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
-        message = f"{document.id}: character {error.start} is half a surrogate pair, not text"
+        message = f"{name}: character {error.start} is half a surrogate pair, not text"
         raise _bad_path(data_config, message) from error
 
 
