@@ -9,6 +9,7 @@ goes on where it was stopped, and tries again what failed. Exit codes: 0; 1, a s
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -38,17 +39,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         most = sizes.parse(arguments.most, "--most")
         if plan["absent"]:
             raise ConfigError("--workdir", str(arguments.workdir), f"is a plan for {plan['target']}, which is not here")
-        if "simulated" in plan["target"]:
+        several = plan["platform"] == "cpu" and any(cell.get("devices", 1) > 1 for cell in plan["cells"])
+        if several or "simulated" in plan["target"]:
             message = f"is a plan for {plan['target']}: what one of several in one memory takes cannot be told"
             raise ConfigError("--workdir", str(arguments.workdir), message)
-        todo = [run for run in runs(plan) if run["predicted"] <= most]
+        every = runs(plan)
+        todo = [run for run in every if run["at_most"] <= most]
         if not todo:
             raise ConfigError("--most", arguments.most, "no cell needs so little")
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     known = {run["overrides"]: run for run in memory_report.read_check(arguments.workdir)}
-    for run in todo:
+    for run in every:
         run |= known.get(run["overrides"], {})
     for number, run in enumerate(todo, 1):
         said = f"{number} of {len(todo)}: {run['overrides']}"
@@ -56,13 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{said}: measured before", file=sys.stderr, flush=True)
             continue
         print(said, file=sys.stderr, flush=True)
-        found = measure(plan["config"], [*plan["given"], *run["overrides"].split()])
+        found = measure(plan["config"], [*plan["given"], *shlex.split(run["overrides"])], plan["platform"])
         if found.pop("target", plan["target"]) != plan["target"]:
             print(f"error: --workdir={str(arguments.workdir)!r}: is a plan for {plan['target']}, which is not here",
                   file=sys.stderr)  # fmt: skip
             return 2
         run |= found
-        begun = [run for run in todo if "measured" in run]
+        begun = [run for run in every if "measured" in run]  # those of another --most too
         write_text(arguments.workdir / "check.json", json.dumps(begun, indent=1) + "\n")
         memory_report.write(arguments.workdir)
     print(memory_report.write(arguments.workdir))
@@ -70,27 +73,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def runs(plan: dict[str, Any]) -> list[dict[str, Any]]:
-    """The planned batch of each cell, and half of it (whose prediction the step itself makes)."""
+    """The planned batch of each cell, and half of it.
+
+    `planned`: bytes, by the plan; of half a batch None. `at_most`: as many. The step that runs says what it was
+    compiled to, `predicted`.
+    """
     found = []
     for cell in plan["cells"]:
         for batch in dict.fromkeys((cell["batch"], cell["batch"] // 2 // cell["unit"] * cell["unit"])):
             if batch:
                 overrides = memory_report.overrides(cell | dict(batch=batch))
-                found.append(dict(overrides=overrides, predicted=cell["total"], choice=cell["choice"], batch=batch,
-                                  seq_len=cell["seq_len"]))  # fmt: skip
+                planned = cell["total"] if batch == cell["batch"] else None
+                found.append(dict(overrides=overrides, planned=planned, at_most=cell["total"], choice=cell["choice"],
+                                  batch=batch, seq_len=cell["seq_len"]))  # fmt: skip
     return found
 
 
-def measure(config: str, overrides: Sequence[str]) -> dict[str, Any]:
+def measure(config: str, overrides: Sequence[str], platform: str) -> dict[str, Any]:
     """What a step takes: `predicted`, `measured` (bytes) and `seconds`; None in each where it failed, and `error`."""
     command = [*STEP, f"--config={config}", "--workdir=-", *overrides]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | GIVE_BACK, preexec_fn=child.ended_with_us()
-    )
+    environment = os.environ | (GIVE_BACK if platform == "cpu" else {})  # a GPU's allocator counts for itself
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, preexec_fn=child.ended_with_us())
     if done.returncode:
         error = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         print(f"failed: {error}", file=sys.stderr)
-        return dict(measured=None, seconds=None, error=error)
+        return dict(predicted=None, measured=None, seconds=None, error=error)
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

@@ -135,6 +135,11 @@ def make(arguments: argparse.Namespace) -> dict[str, Any]:
 
     devices = max(choice.get("mesh.data", 1) * choice.get("mesh.seq", 1) for choice in planned)
     target = targets.absent(arguments.topology) if arguments.topology else targets.at_hand(devices)
+    if devices > len(target.devices):
+        message = (
+            f"wants {devices} devices, and --topology={arguments.topology} has {len(target.devices)}; name one of more"
+        )
+        raise ConfigError("--mesh", arguments.mesh, f"{message}, such as h200:{devices}")
     if target.platform == "cpu" and devices == 1 and config.mesh.data == -1:
         arguments.overrides.append("--config.mesh.data=1")  # a run would make devices of the cores
         config = load_config(arguments.config, arguments.overrides)

@@ -42,7 +42,7 @@ def measure(config) -> dict[str, float]:
 
     from research import checkpoint, cores, heaps, sharding, step, target
     from research.analysis import memory
-    from research.config import validate
+    from research.config import num_steps, validate
     from research.model import ModelConfig, MoETransformer
     from research.optimizer import make_optimizer, make_schedule
 
@@ -59,7 +59,7 @@ def measure(config) -> dict[str, float]:
         parts = config.train.accumulation
         batch = memory.abstract_batch(config, mesh, config.batch_size, config.seq_len, parts)
         traced = step.make_train_step(model, optimizer, schedule).trace(state, batch)
-        run = heaps.compiled(traced)
+        run = heaps.compiled(traced, num_steps(config))
         init = init.lower().compile()
         found = memory.usage_of(run)
         tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, batch["inputs"].shape, dtype=np.int32)

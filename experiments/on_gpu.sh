@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
 # All that a GPU is asked for:  bash experiments/on_gpu.sh FOLDER [STAGE] BOOKS.jsonl.gz
-# STAGE: checks | benchmark | memory | published | study | waterfall | all (default), or corpora. Each goes on where it
-# was stopped. Checks have to pass before anything is measured; of the others one that fails keeps none from running.
+# STAGE: checks | benchmark | published | memory | all (default: these four, 10 minutes each at most), or study |
+# waterfall, which take longer, or corpora. Each goes on where it was stopped. Checks have to pass before anything is
+# measured; of the others one that fails, or is out of time, keeps none from running.
 # On an H200 checks take 2 minutes, a file of the benchmark 2 (by torch.compile more), published 4; the others have not
-# been run yet. BOOKS is a corpus of long documents that needs no network; its field `text` is read.
-#   corpora    needs no GPU: what the last three read is cut into tokens, by the same BOOKS (3 minutes on two CPU cores)
+# been run yet. BOOKS is a corpus of long documents that needs no network; its field `text` is read, but by checks,
+# benchmark and memory, which read no text: any file will do for these.
+#   corpora    needs no GPU: what is read is cut into tokens, by the same BOOKS (3 minutes on two CPU cores)
 #   checks     the paths that only a GPU takes
 #   benchmark  step times at the three shapes, beside PyTorch (where torch and transformers are installed), and a profile
-#   memory     what fits 24 GiB at each length, and what real steps of it take
 #   published  the original's protocol to the letter (leaks on purpose)
+#   memory     what fits 24 GiB at each length, and what real steps of it take
 #   study      the same model and shapes under the clean protocol, three seeds, paired and independent order, and recall
 #   waterfall  from the one to the other, a confound at a time
-# Where a command has a time limit, say LIMIT=570 (seconds, for all of this script): what runs then is told to save and stop.
+# Where a command has a time limit, say LIMIT=540 (seconds, for all of this script): what runs then is told to save and
+# stop, and gets 25 seconds for it.
 # One GPU is used: CUDA_VISIBLE_DEVICES says which. Another card or commit gets another FOLDER: what is there is not made again.
 # FOLDER/cache holds corpora and compiled programs, and is worth keeping. What is to be committed is left in
 # FOLDER/checks.txt, FOLDER/benchmark-*.json, and the report folders in FOLDER/*; FOLDER/kept.tar.gz holds all but cache and
@@ -47,10 +50,14 @@ clean=(--scale=published "--workdir=$folder/study" --seeds=42,43,44 --settings=i
 between=(--scale=published "--workdir=$folder/waterfall" "${corpus[@]}" # 800 steps stay within one epoch of 25 M tokens;
     --config.train.steps=800 --config.data.max_tokens=400000) # a small corpus of 0.4 M keeps the original's 53 passes
 
-left() { echo $((${LIMIT:-1000000000} - SECONDS)); }
+ends=${LIMIT:-1000000000} # seconds after the start of this script; of each stage of `all` 10 minutes after its own
+left() {
+    local until=${LIMIT:-$ends}
+    echo $(((ends < until ? ends : until) - SECONDS))
+}
 limited() {
-    [ "$(left)" -gt 0 ] || { echo "LIMIT=$LIMIT is over; the same command goes on from there" >&2; return 124; }
-    timeout --foreground --signal=TERM "$(left)" "$@"
+    [ "$(left)" -gt 0 ] || { echo "out of time; the same command goes on from there" >&2; return 124; }
+    timeout --foreground --signal=TERM --kill-after=25 "$(left)" "$@"
 }
 corpora() {
     export JAX_PLATFORMS=cpu
@@ -70,18 +77,18 @@ benchmark() {
     # benchmark-profile.json   ours, dropout as published: the parts of a step, and where its time goes by a trace
     # benchmark-compiled.json  ours, and the original by torch.compile: last, for how long it takes is not known
     local failed=0
-    timed original torch --implementations=ours,original || stopped || failed=1
+    timed original torch --implementations=ours,original || noted || return
     timed mixtral transformers --implementations=ours,original,mixtral --config.model.activation=swiglu \
-        --config.model.dropout=0 || stopped || failed=1
-    timed unrolled "" --implementations=ours --config.model.unroll=6 || stopped || failed=1
-    timed profile "" --implementations=ours --profile="$folder/traces" || stopped || failed=1
-    timed compiled torch --implementations=ours,compiled || stopped || failed=1
+        --config.model.dropout=0 || noted || return
+    timed unrolled "" --implementations=ours --config.model.unroll=6 || noted || return
+    timed profile "" --implementations=ours --profile="$folder/traces" || noted || return
+    timed compiled torch --implementations=ours,compiled || noted || return
     return $failed # a file with a row that failed is called -failed, and made again by the next command
 }
-stopped() { # after a command that failed: out of time ends the script, anything else is left to the caller
+noted() { # after a command that failed: out of time ends its stage, anything else is said at its end
     local code=$?
-    [ $code -ne 124 ] || exit 124
-    return $code
+    [ $code -ne 124 ] || return 124
+    failed=1
 }
 timed() { # a file of the benchmark, the package that its peers need, arguments
     local out="$folder/benchmark-$1.json" code=0
@@ -90,15 +97,17 @@ timed() { # a file of the benchmark, the package that its peers need, arguments
         echo "$out: left out, for PyTorch with CUDA, or $2, is not installed" >&2
         return 0
     fi
-    [ "$(left)" -gt 200 ] || { echo "LIMIT=$LIMIT: too little is left for $out; the same command begins with it" >&2; return 124; }
+    [ "$(left)" -gt 200 ] || { echo "too little time is left for $out; the same command begins with it" >&2; return 124; }
     limited "$python" -m experiments.benchmark --scale=published --repeats=20 --config.model.dtype=bfloat16 \
         --out="$out" "${@:3}" && return 0 || code=$?
     [ ! -e "$out" ] || mv "$out" "${out%.json}-failed.json"
     return $code
 }
 memory() {
-    limited "$python" -m experiments.memory_frontier --config=configs/balanced.py:published --budget=24GiB \
-        --lengths=256,1024,4096 --workdir="$folder/memory" || return
+    # Once: to plan anew would compile anew where the cache is not, and what was measured of another plan is dropped.
+    [ -e "$folder/memory/frontier.json" ] ||
+        limited "$python" -m experiments.memory_frontier --config=configs/balanced.py:published --budget=24GiB \
+            --lengths=256,1024,4096 --workdir="$folder/memory" || return
     limited "$python" -m experiments.memory_check --workdir="$folder/memory" --most=24GiB
 }
 published() { limited "$python" -m experiments.ablation "${original[@]}"; }
@@ -112,9 +121,13 @@ trap 'pack || echo "kept.tar.gz was not made" >&2' EXIT
 
 failed=0
 if [ "$stage" = all ]; then
+    ends=600
     checks
-    for stage_of_all in benchmark memory published study waterfall; do
-        $stage_of_all || stopped || { failed=1; echo "$stage_of_all failed; the others go on" >&2; }
+    for stage_of_all in benchmark published memory; do
+        ends=$((SECONDS + 600)) code=0
+        $stage_of_all || code=$?
+        [ $code -ne 124 ] || [ -z "${LIMIT:-}" ] || exit 124
+        [ $code -eq 0 ] || { failed=1; echo "$stage_of_all failed or is out of time; the others go on" >&2; }
     done
 else
     $stage || failed=$?

@@ -29,17 +29,28 @@ def planned(config: Any, workdir: str | None = None) -> Any:
         return config
     budget = sizes.parse(config.memory_budget, "config.memory_budget")
     begun = _begun(config, workdir)
-    if config.batch_size == -1 and begun is not None:
-        print(f"batch size {begun}, of the run in {workdir}", file=sys.stderr)
-        return frontier.with_fields(config, dict(batch_size=begun)).lock()
     devices = tuple(cores.devices_of(config))
     here = dataclasses.replace(target.at_hand(), devices=devices)
     sharing = cores.sharing_memory(memory.mesh_of(config, here))
     programs = Programs(here, lambda text: print(f"compiling {text}", file=sys.stderr, flush=True))
+    if config.batch_size == -1 and begun is not None:
+        print(f"batch size {begun}, of the run in {workdir}", file=sys.stderr)
+        config = frontier.with_fields(config, dict(batch_size=begun)).lock()
+        needed = programs.usage(frontier.valid(config, programs)).total * sharing
+        if needed > budget:  # on other devices, or by another compiler: the run is not lost for that
+            message = f"warning: a step needs {sizes.show(needed)} here, more than config.memory_budget"
+            print(f"{message}={config.memory_budget}", file=sys.stderr)
+        return config
     if config.batch_size != -1:
-        needed = programs.usage(config).total * sharing
-        if needed > budget:
-            message = f"a step needs {sizes.show(needed)}, more than config.memory_budget={config.memory_budget}"
+        usage = programs.usage(frontier.valid(config, programs))
+        needed = usage.total * sharing
+        if needed > budget or usage.limit:
+            has = (
+                f"the {sizes.show(usage.limit)} of {here.name}"
+                if usage.limit
+                else f"config.memory_budget={config.memory_budget}"
+            )
+            message = f"a step needs {sizes.show(needed)}, more than {has}"
             raise ConfigError("config.batch_size", config.batch_size, f"{message}; lower it, or plan it by -1")
         if problem := frontier.over_in_evaluation(config, budget // sharing, programs):
             raise problem

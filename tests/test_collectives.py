@@ -125,7 +125,7 @@ def test_one_device_sends_nothing():
 
 
 def test_the_floor_of_sending_is_counted_by_hand():
-    machine = scale.Machine("m", flops=1.0, near=100.0, far=10.0, node=4)
+    machine = scale.Machine("m", flops=1.0, flops32=1.0, near=100.0, far=10.0, node=4)
     within = collectives.Collective("all-reduce", 1000, (0, 1, 2, 3), ("seq",), 3)
     assert machine.seconds(within) == pytest.approx(3 * 2 * 1000 * (3 / 4) / 100)
     across = collectives.Collective("all-gather", 1000, tuple(range(8)), ("data",), 1)
@@ -147,6 +147,8 @@ def test_a_plan_is_a_table_and_the_same_again(tmp_path, capsys, monkeypatch):
     for row in rows:
         assert row["data"] * row["seq"] == row["devices"] and row["rows"] * row["seq_len"] == 16384
         assert (row["sent"]["gradients"] > 0) == (row["devices"] > 1)
+        h200, (model, rest) = row["floors"]["H200, nodes of 8"]["compute"], row["flops"].values()
+        assert h200 == pytest.approx(model / 989e12 + rest / 494.5e12)  # the optimizer's in float32: TF32
         assert (row["sent"]["keys and values"] > 0) == (row["seq"] > 1)
     one, four = ({r["devices"]: r for r in rows if r["strategy"] == "balanced" and r["seq"] == 1}[n] for n in (1, 4))
     assert four["flops"]["model"] == pytest.approx(one["flops"]["model"] / 4)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from research import evaluate, planner, sizes, target
+from research import evaluate, heaps, planner, sizes, target
 from research.analysis import frontier, memory, programs
 from research.config import ConfigError
 from research.data import heldout, tokens
@@ -108,9 +108,78 @@ def test_a_batch_of_minus_one_is_filled_in(tmp_path):
     assert planner._begun(larger, str(tmp_path)) is None  # of another budget: planned anew
 
 
+def test_a_frontier_is_what_trying_every_batch_finds(tmp_path, here):
+    """Over lengths and choices: every batch from one unit up, until one does not fit."""
+    config = one_device(config_of(tmp_path))
+    compiled = programs.Programs(here)
+    budget, choices = 482_000, [{"model.remat": "none"}, {"train.accumulation": 2}]
+    cells = list(frontier.frontier(config, budget, (8, 24), choices, compiled))
+    assert len(cells) == 4
+    for cell in cells:
+        batch, tried = 0, frontier.with_fields(config, cell.choice | dict(seq_len=cell.seq_len))
+        unit = tried.train.accumulation
+        while compiled.usage(frontier.with_fields(tried, dict(batch_size=batch + unit))).total <= budget:
+            batch += unit
+        assert (cell.batch, cell.unit) == (batch, unit)
+    assert [cell.batch for cell in cells] == [4, 1, 0, 0]  # nothing of two microbatches
+
+
+def refusing(limit: int, row: int):
+    """A compiler that refuses what is larger than the device, as a TPU's does."""
+
+    def usage(config, _):
+        needed = 2**20 + row * config.batch_size * config.seq_len
+        return memory.Usage(needed, 0, 0, 0) if needed <= limit else memory.Usage(0, 0, needed, 0, limit=limit)
+
+    return usage
+
+
+def test_what_a_compiler_refuses_does_not_fit(tmp_path, here, monkeypatch):
+    monkeypatch.setitem(programs.KINDS, "train", refusing(2**23, 1000))
+    config = one_device(config_of(tmp_path))
+    cell = frontier.plan(config, 2**23, programs.Programs(here))
+    assert cell.batch == (2**23 - 2**20) // 16_000 and cell.next_bytes > 2**23
+    with pytest.raises(ConfigError, match=r"--budget='16.00 MiB': CPU has 8.00 MiB a device; give no more"):
+        frontier.plan(config, 2**24, programs.Programs(here))
+    given = frontier.with_fields(config, dict(batch_size=1000, memory_budget="1GiB"))
+    with pytest.raises(
+        ConfigError, match="config.batch_size=1000: a step needs 16.3 MiB, more than the 8.00 MiB of CPU"
+    ):
+        planner.planned(given)
+
+
+def test_a_refusal_is_read(here):
+    """Two wordings of XLA's; any other error is not taken for one."""
+    said = "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO"
+    said += " temporaries (52.67G) exceeds available HBM (15.75G). HLO module: jit_train_step.\nSee https://x.org/1000"
+    found = memory._refused(said)
+    assert (found.limit, found.total) == (int(15.75 * 2**30), int(52.67 * 2**30))
+    older = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 933.21M of 512.00M hbm. Exceeded by 421M."
+    assert memory._refused(older).total == int(933.21 * 2**20)
+    assert memory._refused("INTERNAL: 3G of 4G") is None and memory._refused("RESOURCE_EXHAUSTED: no") is None
+
+
+def test_a_backend_without_memory_analysis_is_said(tmp_path, here, monkeypatch):
+    monkeypatch.setattr(memory, "usage_of", lambda program: None)
+    with pytest.raises(ConfigError, match="JAX's backend='CPU': does not say what memory a program takes"):
+        programs.Programs(here).usage(one_device(config_of(tmp_path)))
+
+
+def test_a_run_that_goes_on_where_less_fits_is_warned(tmp_path, here, monkeypatch, capsys):
+    monkeypatch.setitem(programs.KINDS, "train", refusing(2**30, 1000))
+    config = one_device(config_of(tmp_path, batch_size=-1, memory_budget="2MiB"))
+    (tmp_path / "config.json").write_text(json.dumps(frontier.with_fields(config, dict(batch_size=200)).to_dict()))
+    assert planner.planned(config, str(tmp_path)).batch_size == 200
+    assert "warning: a step needs 4.05 MiB here, more than config.memory_budget=2MiB" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        (
+            dict(batch_size=2, memory_budget="1MiB", **{"eval.contexts": ()}),
+            "config.eval.contexts=(): give rising multiples of 4 tokens",
+        ),
         (dict(batch_size=-1), "config.batch_size=-1: plans the largest that fits: give config.memory_budget"),
         (
             dict(batch_size=-1, memory_budget="1KiB"),  # less than the parameters: evaluation's is not what is wrong
@@ -158,14 +227,15 @@ def test_nothing_is_planned_where_a_folder_or_a_cache_cannot_be_written(tmp_path
     assert planner._begun(config, str(tmp_path)) is None and planner._begun(config, "x" * 300) is None
 
 
-def test_a_compiled_program_is_kept_and_a_changed_one_compiled_again(tmp_path, here):
+def test_a_compiled_program_is_kept_and_a_changed_one_compiled_again(tmp_path, here, monkeypatch):
     config = one_device(config_of(tmp_path))
     first = programs.Programs(here)
     wanted = first.usage(config)
     again = programs.Programs(here)
     assert again.usage(config) == wanted and again.compiled == 0
     changes = [
-        dict(batch_size=8), dict(seq_len=32), {"model.d_ff": 128}, {"model.remat": "block"}, {"train.accumulation": 2},
+        {"train.steps": heaps.LONG}, dict(batch_size=8), dict(seq_len=32), {"model.d_ff": 128},
+        {"model.remat": "block"}, {"train.accumulation": 2},
         {"optimizer.name": "muon"}, {"mesh.fsdp": True}, {"data.mask_documents": True},
     ]  # fmt: skip
     keys = {programs.key(frontier.with_fields(config, change), "train", here) for change in changes}
@@ -174,6 +244,9 @@ def test_a_compiled_program_is_kept_and_a_changed_one_compiled_again(tmp_path, h
     assert programs.key(frontier.with_fields(config, {"train.steps": 7, "seed": 1}), "train", here) == programs.key(
         config, "train", here
     )
+    monkeypatch.setattr(programs.metadata, "version", lambda name: "0.0")  # of Flax and Optax
+    assert programs.key(config, "train", here) not in keys
+    monkeypatch.undo()
     damaged = next((tmp_path / "memory").glob("*.json"))
     damaged.write_text("{")
     assert again.usage(config) == wanted and again.compiled == 1
@@ -198,7 +271,7 @@ def test_every_file_that_a_program_is_traced_from_is_in_its_key():
         module = ahead.pop()
         reached.add(module)
         ahead |= imported(module) - reached
-    host = {name for name in reached if name.startswith("data/")} | {"checkpoint", "config", "target"}
+    host = {name for name in reached if name.startswith("data/")} | {"checkpoint", "config", "sizes", "target"}
     assert set(programs.SOURCES) == reached - host
 
 

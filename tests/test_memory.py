@@ -294,27 +294,35 @@ def test_a_plan_beside_real_steps(monkeypatch):
     """The step's own process: within 15 % on a step of half a GB; a step that cannot run is shown as failed."""
     monkeypatch.delenv("XLA_FLAGS")  # one device, as users have
     found = memory_check.measure(
-        "configs/balanced.py:cpu", ["--config.model.remat=block", "--config.batch_size=64", "--config.mesh.data=1"]
+        "configs/balanced.py:cpu",
+        ["--config.model.remat=block", "--config.batch_size=64", "--config.mesh.data=1"],
+        "cpu",
     )
     assert found["measured"] == pytest.approx(found["predicted"], rel=0.15) and found["seconds"] > 0
-    failed = memory_check.measure("configs/balanced.py:cpu", ["--config.model.num_heads=3"])
+    failed = memory_check.measure("configs/balanced.py:cpu", ["--config.model.num_heads=3"], "cpu")
     assert failed["measured"] is None and "config.model.d_model" in failed["error"]
-    run = dict(batch=16, seq_len=512, choice={"model.remat": "block"}, predicted=100)
+    run = dict(batch=16, seq_len=512, choice={"model.remat": "block"}, planned=found["predicted"])
     text = memory_report.check_text([run | failed, run | found], set())
     assert "failed: error: config.model.d_model" in text and "1 steps: median error" in text
+    assert "Of 1 planned steps 1 were compiled to the bytes of the plan" in text
     two = memory_report.check_text([run | found | {"predicted": 100, "measured": m} for m in (102, 106)], set())
     assert "median error +4.0%" in two  # between the two, not the larger
+    assert "Of 2 planned steps 0 were compiled to the bytes of the plan" in two
+
+
+PLAN = dict(command=[], config="configs/balanced.py:cpu", given=[], target="CPU", platform="cpu", versions={},
+            absent=False, budget="1GiB", scale="cpu", cells=[], law=[])  # fmt: skip
 
 
 def test_a_check_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
-    cell = dict(unit=1, seq_len=512, choice={"model.remat": "block"}, total=100)
-    cells, target = [cell | dict(batch=b) for b in (8, 6)], "CPU"
-    plan = dict(absent=False, target=target, config="configs/balanced.py:cpu", given=[], cells=cells)
+    cell = dict(unit=1, seq_len=512, choice={"model.remat": "block"}, devices=1)
+    cells, target = [cell | dict(batch=b, total=100 * 2**20 * b) for b in (8, 6)], "CPU"
+    plan = PLAN | dict(target=target, cells=cells)
     memory_report.save(plan, tmp_path)
     monkeypatch.setattr(memory_report, "write", lambda folder: "")
     asked, stopped = [], []
 
-    def measure(_, overrides):
+    def measure(_, overrides, platform):
         if len(asked) == 2 and not stopped:
             stopped.append(True)
             raise KeyboardInterrupt
@@ -328,6 +336,8 @@ def test_a_check_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     assert memory_check.main([f"--workdir={tmp_path}"]) == 0
     assert len(asked) == 5 and asked[0] == asked[2]  # the failed one again, the second not
     assert [run["batch"] for run in memory_report.read_check(tmp_path)] == [8, 4, 6, 3]
+    assert memory_check.main([f"--workdir={tmp_path}", "--most=700MiB"]) == 0  # of the larger ones nothing is lost
+    assert [run["planned"] for run in memory_report.read_check(tmp_path)] == [800 * 2**20, None, 600 * 2**20, None]
     memory_report.save(plan | dict(given=["--config.seed=1"]), tmp_path)
     assert not memory_report.read_check(tmp_path)
     for wrong in ("NVIDIA H200", "CPU x 8, simulated"):
@@ -341,9 +351,34 @@ def test_a_check_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
 
 def test_a_plan_for_what_is_not_here_is_not_run(tmp_path, capsys):
     assert memory_check.main([f"--workdir={tmp_path}"]) == 2
-    memory_report.save(dict(absent=True, target="NVIDIA H200", cells=[]), tmp_path)
+    memory_report.save(PLAN | dict(absent=True, target="NVIDIA H200"), tmp_path)
     assert memory_check.main([f"--workdir={tmp_path}"]) == 2
     assert "NVIDIA H200, which is not here" in capsys.readouterr().err
+    cell = dict(unit=2, seq_len=512, choice={}, batch=2, total=100, devices=2)
+    memory_report.save(PLAN | dict(cells=[cell]), tmp_path)  # two devices in one memory
+    assert memory_check.main([f"--workdir={tmp_path}"]) == 2
+    assert "what one of several in one memory takes cannot be told" in capsys.readouterr().err
+    for damaged in ("{}", "[]", "{"):
+        (tmp_path / "frontier.json").write_text(damaged)
+        assert memory_check.main([f"--workdir={tmp_path}"]) == 2
+        assert "frontier.json is" in capsys.readouterr().err
+
+
+def test_arguments_to_paste_are_quoted():
+    cell = dict(batch=2, seq_len=8, choice={"eval.contexts": (24, 48)}, total=1, unit=1, next_bytes=2, eval_bytes=1,
+                tokens=16, state=dict(parameters=1, optimizer=1))  # fmt: skip
+    text = memory_report.frontier_text(PLAN | dict(given=["--config.data.path=my folder"], cells=[cell]), set())
+    assert (
+        "'--config.data.path=my folder' --config.batch_size=2" in text and "'--config.eval.contexts=(24, 48)'" in text
+    )
+
+
+def test_more_devices_than_a_topology_has_are_refused(monkeypatch, capsys):
+    absent = target.Target("NVIDIA H200", (target.jax.devices()[0],), absent=True)
+    monkeypatch.setattr(target, "absent", lambda topology: absent)
+    argv = ["--budget=1GiB", "--topology=h200", "--mesh=8x1"]
+    assert memory_frontier.main(argv) == 2
+    assert "--mesh='8x1': wants 8 devices, and --topology=h200 has 1" in capsys.readouterr().err
 
 
 def test_law_lengths_are_doublings():

@@ -123,7 +123,11 @@ def plan(
     unit = unit_of(config, programs)
 
     def measure(units: int) -> int:
-        return programs.usage(with_fields(config, dict(batch_size=units * unit))).total
+        usage = programs.usage(with_fields(config, dict(batch_size=units * unit)))
+        if usage.limit and budget > usage.limit:  # else what is refused could fit the budget
+            message = f"{programs.target.name} has {sizes.show(usage.limit)} a device; give no more"
+            raise ConfigError(field, sizes.show(budget), message)
+        return usage.total
 
     first = checked(config, programs)
     state = memory.state_bytes(first, programs.target)
@@ -148,10 +152,14 @@ def unit_of(config: Any, programs: Programs) -> int:
 
 def checked(config: Any, programs: Programs) -> ConfigDict:
     """The config with the least batch. Raises: ConfigError where it cannot run on the target."""
+    return valid(with_fields(config, dict(batch_size=unit_of(config, programs))), programs)
+
+
+def valid(config: Any, programs: Programs) -> Any:
+    """The config as it is. Raises: ConfigError where it cannot run on the target."""
     mesh = memory.mesh_of(config, programs.target)
-    first = with_fields(config, dict(batch_size=unit_of(config, programs)))
-    validate(first, tuple(mesh.shape[axis] for axis in sharding.AXES), programs.target.platform)
-    return first
+    validate(config, tuple(mesh.shape[axis] for axis in sharding.AXES), programs.target.platform)
+    return config
 
 
 def over_in_evaluation(config: Any, budget: int, programs: Programs) -> ConfigError | None:

@@ -8,15 +8,16 @@ holds the optimiser's state while it evaluates, so that is counted there too.
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from research import attention, checkpoint, evaluate, heaps, sharding, step
+from research import attention, checkpoint, evaluate, heaps, sharding, sizes, step
 from research.analysis import scratch
-from research.config import ConfigError, validate
+from research.config import ConfigError, num_steps, validate
 from research.model import ModelConfig, MoETransformer
 from research.optimizer import make_optimizer, make_schedule
 from research.target import Target
@@ -26,13 +27,15 @@ STEPS = 1000  # of the schedule; no shape depends on it
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """Bytes on one device."""
+    """Bytes on one device. `limit`: where the compiler refused the program, of all that the device has; temporaries
+    are then all that it says the program needs."""
 
     arguments: int
     outputs: int
     temporaries: int
     aliased: int
     scratch: int = 0
+    limit: int = 0
 
     @property
     def total(self) -> int:
@@ -65,7 +68,7 @@ def train_usage(config: Any, target: Target) -> Usage:
         schedule = make_schedule(config.optimizer, config.optimizer.learning_rate, STEPS)
         batch = abstract_batch(config, mesh, config.batch_size, config.seq_len, config.train.accumulation)
         traced = step.make_train_step(model, optimizer, schedule).trace(state, batch)
-        return _compile(traced.lower(), target, heaps.compiler_options(traced))
+        return _compile(traced.lower(), target, heaps.compiler_options(traced, num_steps(config)))
 
 
 def eval_usage(config: Any, target: Target) -> Usage:
@@ -107,10 +110,26 @@ def abstract_batch(config: Any, mesh: Any, rows: int, length: int, microbatches:
 
 
 def _compile(lowered: Any, target: Target, options: dict[str, str] | None = None) -> Usage:
-    found = usage_of(lowered.compile(compiler_options=target.compiler_options or options))
+    try:
+        found = usage_of(lowered.compile(compiler_options=(options or {}) | target.compiler_options))
+    except jax.errors.JaxRuntimeError as error:
+        found = _refused(str(error))
+        if found is None:
+            raise
     if found is None:
-        raise ConfigError("--topology", target.name, "this backend does not say what memory a program takes")
+        raise ConfigError(
+            "JAX's backend", target.name, "does not say what memory a program takes: nothing can be planned"
+        )
     return found
+
+
+def _refused(message: str) -> Usage | None:
+    """What a TPU's compiler says of a program that is larger than the device: two sizes, such as 52.67G (of 1024^3)."""
+    said = re.findall(r"\b(\d+(?:\.\d+)?[KMGT])\b", message)
+    if "RESOURCE_EXHAUSTED" not in message or len(said) < 2:
+        return None
+    needed, limit = (sizes.parse(size, "size") for size in said[:2])
+    return Usage(0, 0, max(needed, limit + 1), 0, limit=limit)
 
 
 def usage_of(program: Any) -> Usage | None:

@@ -19,7 +19,7 @@ from research.config import ConfigError
 from research.target import Target
 
 LAW_BATCHES = (2, 4, 8)
-COUNTED = ("xla", "chunked")  # backends whose work is in the traced program; cuDNN's kernel is one call
+COUNTED = ("xla", "chunked", "flash")  # backends whose work is in the traced program; cuDNN's kernel is one call
 
 
 def make(
@@ -86,6 +86,7 @@ def _at_once(run: Callable[[Any], Any], items: Sequence[Any], programs: Programs
 
 def _entry(cell, config, parts, programs, progress) -> dict[str, Any]:
     entry = dataclasses.asdict(cell) | dict(tokens=cell.tokens, total=cell.train.total if cell.train else None)
+    entry["devices"] = memory.mesh_of(with_fields(config, cell.choice), programs.target).size
     if parts and cell.batch:
         fields = cell.choice | dict(seq_len=cell.seq_len, batch_size=cell.batch)
         entry["parts"] = parts_of(with_fields(config, fields), programs)
@@ -96,7 +97,7 @@ def _entry(cell, config, parts, programs, progress) -> dict[str, Any]:
 def law_backends(config: Any, target: Target) -> list[str]:
     """Attention backends whose laws can be told apart on a target."""
     best = memory.attention_of(config, target, "auto")
-    return list(dict.fromkeys(["xla", "chunked", best]))
+    return list(dict.fromkeys(["xla", "chunked", *(["flash"] if best == "cudnn" else []), best]))
 
 
 def law_lengths(lengths: Sequence[int]) -> list[int]:
@@ -112,16 +113,24 @@ def law_lengths(lengths: Sequence[int]) -> list[int]:
 
 
 def _law(config, backend, lengths, programs, progress) -> dict[str, Any]:
-    taken, done = [], []
+    taken, done, refused = [], [], []
     for length in lengths:
         for batch in (number * frontier.unit_of(config, programs) for number in LAW_BATCHES):
             given = with_fields(config, {"model.attention": backend, "seq_len": length, "batch_size": batch})
-            taken.append(memory_law.Point(batch, length, programs.usage(given).total))
+            usage = programs.usage(given)
+            point = memory_law.Point(batch, length, usage.total)
+            (refused if usage.limit else taken).append(point)
             if backend in COUNTED:
                 done.append(memory_law.Point(batch, length, compute.train_flops(given, programs.target)))
             progress.done()
-    memory = _fitted(taken)
+    memory = _fitted(taken) if len(taken) > len(refused) else dict(ratios=[])
+    if not memory["ratios"]:
+        message = f"{len(refused)} of {len(refused) + len(taken)} programs with attention {backend} do not fit"
+        message += f" {programs.target.name}: too few are left for its law; give shorter ones"
+        raise ConfigError("--lengths", ",".join(map(str, lengths)), message)
     verdict, text = memory_law.verdict(memory["ratios"])
+    if refused:
+        text += f" {len(refused)} programs are left out, which the compiler refused: they need more than there is."
     found = dict(attention=backend, verdict=verdict, evidence=text, compute=_fitted(done) if done else None)
     return found | memory
 

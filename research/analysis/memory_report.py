@@ -21,6 +21,7 @@ from research.files import write_text
 
 UNTESTED = VERDICTS[-1]
 OFF = 0.1  # relative error of a prediction that is named
+NEEDED = {"command", "config", "given", "target", "platform", "versions", "absent", "budget", "scale", "cells", "law"}
 
 
 def save(plan: dict[str, Any], folder: Path) -> None:
@@ -43,7 +44,7 @@ def _said(text: str) -> Any:
 def read(folder: Path) -> dict[str, Any]:
     """frontier.json of a folder. Raises: ConfigError where there is none, or a damaged one."""
     try:
-        return json.loads((folder / "frontier.json").read_text())
+        plan = json.loads((folder / "frontier.json").read_text())
     except FileNotFoundError:
         message = (
             "holds no frontier.json; make one with python -m experiments.memory_frontier --budget=... --workdir=..."
@@ -51,6 +52,9 @@ def read(folder: Path) -> dict[str, Any]:
         raise ConfigError("--workdir", str(folder), message) from None
     except ValueError as error:
         raise ConfigError("--workdir", str(folder), f"frontier.json is damaged ({error}); make it again") from None
+    if not (isinstance(plan, dict) and plan.keys() >= NEEDED):
+        raise ConfigError("--workdir", str(folder), "frontier.json is no plan; make it again")
+    return plan
 
 
 def read_check(folder: Path) -> list[dict[str, Any]]:
@@ -82,7 +86,7 @@ def write(folder: Path) -> str:
 def overrides(cell: dict[str, Any]) -> str:
     """Arguments that make a run of a cell."""
     fields = dict(batch_size=cell["batch"], seq_len=cell["seq_len"]) | cell["choice"]
-    return " ".join(f"--config.{name}={value}" for name, value in fields.items())
+    return shlex.join(f"--config.{name}={value}" for name, value in fields.items())
 
 
 def shared(choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -147,7 +151,8 @@ def frontier_text(plan: dict[str, Any], drawn: set[str]) -> str:
     if _alike(plan["cells"], "block", "full"):
         text += "\n\nThe compiler merged what `full` recomputes with what `block` does: the two take the same here."
     train = f"    python -m experiments.train --config={plan['config']} --workdir=runs/planned"
-    lines = [" ".join([train, *plan["given"], overrides(cell)]) for cell in plan["cells"] if cell["batch"]]
+    given = [shlex.quote(argument) for argument in plan["given"]]
+    lines = [" ".join([train, *given, overrides(cell)]) for cell in plan["cells"] if cell["batch"]]
     return f"{text}\n\n{picture('frontier', drawn)}\n\nTo run them:\n\n" + "\n".join(lines)
 
 
@@ -178,13 +183,16 @@ def law_text(plan: dict[str, Any], drawn: set[str]) -> str:
     if not plan["law"]:
         return ""
     counted = [law | law["compute"] for law in plan["law"] if law["compute"]]
+    uncounted = "".join(
+        f" ({law['attention']}: one call, whose work is not counted)" for law in plan["law"] if not law["compute"]
+    )
     verdicts = "\n".join(f"- **{law['attention']}: {law['verdict']}.** {law['evidence']}" for law in plan["law"])
     return (
         "## The law of memory, and of compute\n\na + b B T + c B T^2: least squares of relative errors, intervals of "
         f"95 %. Memory in bytes, of compiled programs:\n\n{_law_table(plan['law'], 'B')}\n\n"
         f"{picture('law', drawn)}\n\nCompute in FLOPs of matrix products, of the traced programs (recomputation and "
-        f"the optimiser, which is a, with it):\n\n{_law_table(counted, 'FLOP')}\n\nWhat doubling multiplies memory "
-        f"by, whole and (in brackets) without a:\n\n{_ratio_table(plan['law'])}\n\nand compute:\n\n"
+        f"the optimiser, which is a, with it){uncounted}:\n\n{_law_table(counted, 'FLOP')}\n\nWhat doubling multiplies "
+        f"memory by, whole and (in brackets) without a:\n\n{_ratio_table(plan['law'])}\n\nand compute:\n\n"
         f"{_ratio_table(counted)}\n\n"
         f'The original says "2x batch = 2x memory; 2x length = 4x memory":\n\n{verdicts}'
     )
@@ -226,7 +234,8 @@ def check_text(checked: Sequence[dict[str, Any]], drawn: set[str], on_cpu: bool 
     columns = ["step", "choice", "predicted", "measured", "measured / predicted", "seconds a step"]
     rows, errors = [], []
     for run in checked:
-        shape = [f"{run['batch']} x {run['seq_len']}", label(run["choice"]), sizes.show(run["predicted"])]
+        predicted = "" if run["predicted"] is None else sizes.show(run["predicted"])
+        shape = [f"{run['batch']} x {run['seq_len']}", label(run["choice"]), predicted]
         if run["measured"] is None:
             rows.append([*shape, f"failed: {run['error']}", "", ""])
             continue
@@ -240,6 +249,10 @@ def check_text(checked: Sequence[dict[str, Any]], drawn: set[str], on_cpu: bool 
             f"{len(errors)} steps: median error {statistics.median(errors):+.1%}, "
             f"from {ordered[0]:+.1%} to {ordered[-1]:+.1%}; {off} off by more than {OFF:.0%}."
         )
+    planned = [run for run in checked if run.get("planned") and run["predicted"] is not None]
+    if planned:
+        other = sum(run["planned"] != run["predicted"] for run in planned)
+        summary += f" Of {len(planned)} planned steps {len(planned) - other} were compiled to the bytes of the plan."
     if errors and on_cpu:
         summary += (
             " On a CPU the C library gave freed blocks of 4 MiB and more back at once; threads shared the rest. That"

@@ -11,15 +11,18 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from research import heaps
 from research.analysis import memory
-from research.config import ConfigError
+from research.config import ConfigError, num_steps
 from research.data.tokens import cache_root
 from research.files import write_text
 from research.target import Target
 
+TRACED_BY = ("flax", "optax")  # their code is part of a program, as ours is
 KINDS = {"train": memory.train_usage, "eval": memory.eval_usage}
 SOURCES = (
     "analysis/hlo",
@@ -107,6 +110,8 @@ def key(config: Any, kind: str, target: Target) -> str:
         mesh=config.mesh.to_dict(),
         mask_documents=config.data.mask_documents,
         target=(target.name, len(target.devices), target.platform, target.versions, target.compiler_options),
+        long=kind == "train" and num_steps(config) >= heaps.LONG,
+        traced_by={name: metadata.version(name) for name in TRACED_BY},
         flags=os.environ.get("XLA_FLAGS", ""),
         code=_code(),
     )

@@ -26,11 +26,12 @@ TWO_BYTES = {"bfloat16": "float16"}
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """`flops` a second of a device in bfloat16; bytes a second that one sends: `near`, to the others of its node of
-    `node` devices, and `far`, to other nodes."""
+    """`flops` a second of a device in bfloat16, `flops32` of float32 operands at JAX's default precision; bytes that
+    one sends a second: `near`, to the others of its node of `node` devices, and `far`, to other nodes."""
 
     name: str
     flops: float
+    flops32: float
     near: float
     far: float
     node: int
@@ -47,10 +48,11 @@ class Machine:
 
 MACHINES = (
     # NVIDIA's data sheets of the H200 SXM and the DGX H200: NVLink 900 GB/s and NDR 400 Gb/s a GPU, both ways together
-    # and each way.
-    Machine("H200, nodes of 8", 989e12, 450e9, 50e9, 8),
-    # Google Cloud's page of the TPU v5p: 4,800 Gb/s of links a chip, both ways together; all chips in one torus.
-    Machine("TPU v5p", 459e12, 300e9, 300e9, 1 << 20),
+    # and each way. Float32 operands go through TensorFloat-32 there, at half the rate.
+    Machine("H200, nodes of 8", 989e12, 494.5e12, 450e9, 50e9, 8),
+    # Google Cloud's page of the TPU v5p: links of 1,200 GB/s a chip, both ways together; all chips in one torus.
+    # Float32 operands are multiplied as bfloat16.
+    Machine("TPU v5p", 459e12, 459e12, 600e9, 600e9, 1 << 20),
 )
 
 
@@ -79,7 +81,8 @@ def plan(config: Any, target: Target, tokens: int, mesh: tuple[int, int]) -> dic
     flops = dict(model=(total - optimizer) * rows / devices, optimizer=optimizer * share)
     floors = {
         machine.name: dict(
-            compute=sum(flops.values()) / machine.flops, send=sum(machine.seconds(collective) for collective in found)
+            compute=flops["model"] / machine.flops + flops["optimizer"] / machine.flops32,
+            send=sum(machine.seconds(collective) for collective in found),
         )
         for machine in MACHINES
     }

@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.ticker import EngFormatter
 
+from research import metrics
 from research.analysis.memory_report import markdown
 from research.analysis.scale import MACHINES, best
 from research.config import ConfigError
@@ -19,7 +20,7 @@ _amount = EngFormatter(unit="B", places=0)
 def save(folder: Path, command: Sequence[str], tokens: int, rows: Sequence[dict[str, Any]]) -> None:
     """Writes scale.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    content = dict(command=list(command), tokens=tokens, rows=list(rows))
+    content = dict(command=list(command), environment=metrics.environment(), tokens=tokens, rows=list(rows))
     write_text(folder / "scale.json", json.dumps(content, indent=1) + "\n")
 
 
@@ -38,8 +39,8 @@ def write(folder: Path) -> str:
 
 def heading(found: dict[str, Any]) -> str:
     machines = "; ".join(
-        f"{m.name}: {m.flops / 1e12:,.0f} TFLOP/s and {_amount(m.near)}/s to"
-        + (f" the node, {_amount(m.far)}/s out of it" if m.far != m.near else " the others")
+        f"{m.name}: {m.flops / 1e12:,.0f} TFLOP/s in bfloat16, {m.flops32 / 1e12:,.0f} of the optimizer's float32, and"
+        f" {_amount(m.near)}/s to" + (f" the node, {_amount(m.far)}/s out of it" if m.far != m.near else " the others")
         for m in MACHINES
     )
     return (
