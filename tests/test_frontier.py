@@ -143,7 +143,7 @@ def test_what_a_compiler_refuses_does_not_fit(tmp_path, here, monkeypatch):
         frontier.plan(config, 2**24, programs.Programs(here))
     given = frontier.with_fields(config, dict(batch_size=1000, memory_budget="1GiB"))
     with pytest.raises(
-        ConfigError, match="config.batch_size=1000: a step needs 16.3 MiB, more than the 8.00 MiB of CPU"
+        ConfigError, match="config.batch_size=1000: a step needs 16.26 MiB, more than the 8.00 MiB of CPU"
     ):
         planner.planned(given)
 
