@@ -1,8 +1,9 @@
-"""Contestants in a process of their own, where they are as quick as they are alone.
+"""Contestants in a process of their own each, where they are as quick as they are alone.
 
 On a CPU PyTorch's threads wait for work awake. In one process with ours they hold cores that ours needs, and told to
-sleep instead (OMP_WAIT_POLICY=passive) they make PyTorch itself slower, by a fifth or so. So there the peers, and what
-the machine does by PyTorch, live in another process, which sleeps between its turns.
+sleep instead (OMP_WAIT_POLICY=passive) they make PyTorch itself slower, by a fifth or so. So there each peer of each
+strategy, and what the machine does by PyTorch, lives in another process, which sleeps between its turns. Its peak
+memory is then its own, and torch.compile compiles for one shape, not for any.
 """
 
 import contextlib

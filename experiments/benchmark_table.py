@@ -7,8 +7,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-TIMED = ("tokens/s", "GFLOP/s", "of the matmul", "over ours", "a token's cost", "its FLOPs")
+TIMED = ("tokens/s", "GFLOP/s", "of matmul", "over ours", "a token's cost", "its FLOPs", "compile")
 MEMORY = ("peak memory", "compiled step")
+PLANNED, PROCESS = "planned", "process peak"  # of ours, by the compiler; of a peer, as measured
 
 
 def console() -> Console:
@@ -24,22 +25,28 @@ def show(content: dict[str, Any]) -> None:
             out.print(f"{row['strategy']} {row['implementation']} failed: {row['failed']}", markup=False)
     for name, speed in content.get("machine", {}).items():
         out.print(f"{name}: {speed['median'] / 1e9:,.1f} G/s, best {speed['best'] / 1e9:,.1f}")
-    if "parts" in content:
-        out.print(parts_table(content))
+    for name, parts in content.get("parts", {}).items():
+        out.print(parts_table(name, parts, content))
     for name, found in content.get("trace", {}).items():
         for table in trace_tables(name, found):
             out.print(table)
 
 
 def rows_table(content: dict[str, Any]) -> Table:
-    """A line for each row; model FLOPs utilisation and memory of the device where there are any."""
+    """A line for each row; model FLOPs utilisation and memory of the device, or of peers' processes, if there are any.
+
+    compile: seconds of ours; of `compiled`, of its first step. planned: what the compiler says that ours needs.
+    """
     timed, rows = "machine" in content, content["rows"]
-    table = Table(title=f"{content['scale']}, {content['environment']['device']}, {content['date']}")
+    about = [content["scale"], content.get("dtype"), content["environment"]["device"], content["date"]]
+    table = Table(title=", ".join(filter(None, about)))
     numbers = list(TIMED if timed else MEMORY)
     if timed and any(row.get("mfu") for row in rows):
         numbers.insert(3, "MFU")
     if content["environment"].get("platform") == "gpu":
         numbers.append("device memory")
+    elif timed and any("process_peak_bytes" in row for row in rows):
+        numbers += [PLANNED, PROCESS]
     for name in ("strategy", "B x T", "implementation"):
         table.add_column(name)
     for name in ("s a step", *numbers):
@@ -82,57 +89,73 @@ def trace_tables(name: str, found: dict[str, Any] | None) -> list[Table | str]:
     return [parts, longest]
 
 
-def parts_table(content: dict[str, Any]) -> Table:
-    """Milliseconds of each part a step, and what share of the matmul peak its products reach; then the whole step."""
-    peak = max(speed["best"] for name, speed in content["machine"].items() if name.startswith("matmul"))
-    ours = [row for row in content["rows"] if row["implementation"] == "ours" and "failed" not in row]
-    whole = {row["strategy"]: row for row in ours}
-    table = Table(title="parts of a step, each compiled alone: ms, and share of the matmul peak")
+def parts_table(name: str, parts: list[dict[str, Any]], content: dict[str, Any]) -> Table:
+    """A strategy's parts, their sum, and the step itself: time, shares of the machine's matmul and copy, the least time
+    that these two give, and how many times that it took. (A file of before bytes were counted has the first two alone.)
+    """
+    table = Table(title=f"{name}: parts of a step, each compiled alone")
     table.add_column("part")
-    for name in content["parts"]:
-        table.add_column(name, justify="right")
-    for lines in zip(*content["parts"].values(), strict=True):
-        cells = [
-            f"{1e3 * p['seconds']['median']:.1f}  {p['flops'] / p['seconds']['median'] / peak:4.0%}" for p in lines
-        ]
-        table.add_row(lines[0]["part"], *cells)
-    sums = [sum(p["seconds"]["median"] for p in rows) for rows in content["parts"].values()]
-    table.add_row("sum", *(f"{1e3 * seconds:.1f}      " for seconds in sums), end_section=False)
-    if whole:
-        cells = [
-            f"{1e3 * whole[n]['seconds']['median']:.1f}  {whole[n]['matmul_share']:4.0%}" if n in whole else "failed"
-            for n in content["parts"]
-        ]
-        table.add_row("the step itself", *cells)
+    for title in ("ms", "of matmul", "of copy", "floor, ms", "over floor"):
+        table.add_column(title, justify="right")
+    peak = max(speed["best"] for name, speed in content["machine"].items() if name.startswith("matmul"))
+    for p in parts:
+        seconds = p["seconds"]["median"]
+        table.add_row(p["part"], *roof_cells(seconds, dict(matmul_share=p["flops"] / seconds / peak) | p))
+    total = sum(p["seconds"]["median"] for p in parts)
+    floor = sum(p["floor_seconds"] for p in parts) if all("floor_seconds" in p for p in parts) else None
+    found = dict(floor_seconds=floor, over_floor=total / floor if floor else None)
+    table.add_row("sum", *roof_cells(total, found), end_section=True)
+    for row in content["rows"]:
+        if (row["strategy"], row["implementation"]) == (name, "ours"):
+            whole = row.get("roofline", dict(matmul_share=row.get("matmul_share")))
+            cells = ["failed"] if "failed" in row else roof_cells(row["seconds"]["median"], whole)
+            table.add_row("the step itself", *cells)
     return table
+
+
+def roof_cells(seconds: float, found: dict[str, Any]) -> list[str]:
+    matmul, copy, floor, over = (found.get(k) for k in ("matmul_share", "copy_share", "floor_seconds", "over_floor"))
+    return [
+        f"{1e3 * seconds:.1f}",
+        "" if matmul is None else f"{matmul:.0%}",
+        "" if copy is None else f"{copy:.0%}",
+        "" if floor is None else f"{1e3 * floor:.1f}",
+        "" if over is None else f"{over:.1f}",
+    ]
 
 
 def timed_cells(row: dict[str, Any]) -> dict[str, str]:
     ratio, cost, mfu = row.get("over_ours"), row["cost_per_token"], row.get("mfu")
+    first = row.get("first_step_seconds") if row["implementation"] == "compiled" else row.get("compile_seconds")
     return {
         "s a step": with_spread(row["seconds"]),
         "tokens/s": f"{row['tokens_per_second']:,.0f}",
         "GFLOP/s": f"{row['flops_per_second'] / 1e9:,.1f}",
-        "of the matmul": f"{row['matmul_share']:.0%}",
+        "of matmul": f"{row['matmul_share']:.0%}",
         "MFU": f"{mfu:.1%}" if mfu else "",
         "over ours": with_spread(ratio) if ratio else "",
         "a token's cost": f"{cost:.2f}" if cost else "",
         "its FLOPs": f"{row['flops_per_token_ratio']:.2f}",
+        "compile": f"{first:.1f} s" if first else "",
+        PLANNED: gigabytes(row.get("compiled_bytes")),
+        PROCESS: gigabytes(row.get("process_peak_bytes")),
     }
 
 
 def memory_cells(row: dict[str, Any]) -> dict[str, str]:
-    compiled = row.get("compiled_bytes")
     return {
         "s a step": f"{float(np.median(row['all_seconds'])):.2f}",
-        "peak memory": f"{row['peak_bytes'] / 1e9:.2f} GB",
-        "compiled step": f"{compiled / 1e9:.2f} GB" if compiled else "",
+        "peak memory": gigabytes(row["peak_bytes"]),
+        "compiled step": gigabytes(row.get("compiled_bytes")),
     }
 
 
 def device_memory(row: dict[str, Any]) -> str:
     """The allocator's peak, or where others used the same allocator, what the compiler planned."""
-    held = row.get("device_peak_bytes") or row.get("compiled_bytes")
+    return gigabytes(row.get("device_peak_bytes") or row.get("compiled_bytes"))
+
+
+def gigabytes(held: int | None) -> str:
     return f"{held / 1e9:.2f} GB" if held else ""
 
 

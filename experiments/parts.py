@@ -1,11 +1,15 @@
 """The parts of a training step, each compiled alone and timed: forward and backward from a random cotangent, and the
 optimiser.
 
-Their sum is not the step: in it, parts also add to the residual stream and keep arrays for the backward pass,
-they fuse, and one's arrays are in the cache for the next.
+Their sum is not the step: in it, parts also add to the residual stream and keep arrays for the backward pass, they
+fuse, one's arrays are in the cache for the next, and gradients are added up over devices once; here in each part that
+has weights. Of every part there are the FLOPs of its matrix products, as written, and its compulsory bytes: what goes
+in and what comes out, once (contestants.compulsory_bytes). `machine.roofline` sets its time beside both.
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +19,8 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from experiments.contestants import seconds_of
-from research import attention, cores, grouped, loss, moe, sharding
+from experiments.contestants import compulsory_bytes, seconds_of
+from research import attention, cores, grouped, heaps, loss, moe, sharding
 from research.analysis import compute
 from research.config import num_steps
 from research.linear import project
@@ -39,30 +43,46 @@ class Part:
         """Of its matrix products, as traced on one device; all that a step spends on this part."""
         return self.times * compute.count(jax.jit(self.counted or self.run).trace(*self.arguments).jaxpr.jaxpr)
 
+    def compiled(self, short: bool = False) -> Any:
+        """As the step of a short or a long run is (contestants.build_ours)."""
+        return heaps.compiled(jax.jit(self.run).trace(*self.arguments), 1 if short else math.inf)
 
-def measure(config: ConfigDict, repeats: int) -> list[dict[str, Any]]:
-    """A row for each part, on the mesh of the step: `seconds` (median, p10, p90 of `repeats`) and `flops`."""
+
+def measure(config: ConfigDict, repeats: int, short: bool = False) -> list[dict[str, Any]]:
+    """A row for each part, on the mesh of the step, of all that a step spends on it: `seconds` (median, p10, p90 of
+    `repeats`), `flops` and `compulsory_bytes` of all devices."""
     rows = []
     with jax.set_mesh(sharding.make_mesh({"data": 1, "expert": 1, "seq": 1}, jax.devices()[:1])):
         flops = {part.name: part.flops() for part in parts_of(config)}
-    with jax.set_mesh(sharding.make_mesh(config.mesh, cores.devices_of(config))):
+    mesh = sharding.make_mesh(config.mesh, cores.devices_of(config))
+    with jax.set_mesh(mesh):
         for part in parts_of(config):
-            compiled = jax.jit(part.run).lower(*part.arguments).compile()
+            compiled = part.compiled(short)
             jax.block_until_ready(compiled(*part.arguments))
             taken = [
                 part.times * seconds_of(lambda: jax.block_until_ready(compiled(*part.arguments)))[0]  # noqa: B023
                 for _ in range(repeats)
             ]
             p10, median, p90 = np.percentile(taken, (10, 50, 90)).tolist()
-            rows.append(dict(part=part.name, seconds=dict(p10=p10, median=median, p90=p90), flops=flops[part.name]))
+            moved = compulsory_bytes(compiled, mesh.size)
+            rows.append(
+                dict(
+                    part=part.name,
+                    seconds=dict(p10=p10, median=median, p90=p90),
+                    flops=flops[part.name],
+                    compulsory_bytes=None if moved is None else part.times * moved,
+                )
+            )
     return rows
 
 
 def with_gradients(function: Callable) -> Callable:
-    """(cotangent, *arguments) -> the gradients of all arguments; integers have none."""
+    """(cotangent, *arguments) -> the result and the gradients of all arguments; integers have none. (What is not a
+    result is not computed: without its own, most of the forward pass is left out.)"""
 
     def run(cotangent: Any, *arguments: Any) -> Any:
-        return jax.vjp(function, *arguments)[1](cotangent)
+        out, backward = jax.vjp(function, *arguments)
+        return out, [g for g in jax.tree.leaves(backward(cotangent)) if g.dtype != jax.dtypes.float0]
 
     return run
 
@@ -92,10 +112,10 @@ def parts_of(config: ConfigDict) -> list[Part]:
 
 
 def _embedding(c: ModelConfig, tokens_BT: jax.Array, d_hidden: jax.Array, draw: Callable) -> Part:
-    def embed(table_VD: jax.Array) -> jax.Array:
+    def embed(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
         return look_up(sharding.gather(table_VD, c.dtype), tokens_BT) * c.d_model**0.5
 
-    return Part("embedding", 1, with_gradients(embed), (d_hidden, draw(c.vocab_size, c.d_model)))
+    return Part("embedding", 1, with_gradients(embed), (d_hidden, draw(c.vocab_size, c.d_model), tokens_BT))
 
 
 def _attention(c: ModelConfig, hidden: jax.Array, d_hidden: jax.Array, draw: Callable) -> list[Part]:
@@ -162,10 +182,10 @@ def _experts(c: ModelConfig, hidden: jax.Array, d_hidden: jax.Array, draw: Calla
     names = ("up", "gate") if c.activation == "swiglu" else ("up",)
     weights = {name: draw(E, D, F, scale=D**-0.5) for name in names} | {"down": draw(E, D, F, scale=F**-0.5)}
     share = jax.nn.sigmoid(draw(M, spec=rows, dtype=jnp.float32))
-    arguments = (draw(M, D, spec=rows), draw(M, D, spec=rows), share, weights)
+    arguments = (draw(M, D, spec=rows), draw(M, D, spec=rows), share, weights, sizes_E)
 
     def run(backend: str) -> Callable:
-        return with_gradients(lambda x, share, w: experts(x, share, w, sizes_E, backend=backend))
+        return with_gradients(functools.partial(experts, backend=backend))
 
     routed = (d_hidden, hidden, draw(D, dtype=jnp.float32), draw(D, E, dtype=jnp.float32))
     return [
@@ -175,12 +195,12 @@ def _experts(c: ModelConfig, hidden: jax.Array, d_hidden: jax.Array, draw: Calla
 
 
 def _head(c: ModelConfig, hidden: jax.Array, tokens: jax.Array, draw: Callable) -> Part:
-    def head(x_BTD: jax.Array, scale_D: jax.Array, table_VD: jax.Array) -> jax.Array:
+    def head(x_BTD: jax.Array, scale_D: jax.Array, table_VD: jax.Array, tokens: jax.Array) -> jax.Array:
         table_VD = sharding.gather(table_VD, table_VD.dtype)
         return loss.cross_entropy_sums(rms_norm(x_BTD, scale_D, c.norm_epsilon), table_VD, tokens, c.loss_chunk)[0]
 
     scale, table = draw(c.d_model, dtype=jnp.float32), draw(c.vocab_size, c.d_model, scale=0.02)
-    return Part("head and loss", 1, with_gradients(head), (jnp.ones(()), hidden, scale, table))
+    return Part("head and loss", 1, with_gradients(head), (jnp.ones(()), hidden, scale, table, tokens))
 
 
 def _optimizer(config: ConfigDict) -> Part:

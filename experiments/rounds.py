@@ -30,28 +30,45 @@ def time_all(arguments: argparse.Namespace, configs: dict[str, ConfigDict]) -> d
     """One timed step of every contestant and one measurement of the machine a round, in turn."""
     import jax
 
-    platform = jax.default_backend()
-    others = [name for name in arguments.implementations if name != "ours"]
-    if others and platform not in ("cpu", "gpu"):
-        raise ConfigError("--implementations", others[0], f"runs on a CPU or GPU, JAX on {platform}; use ours")
-    (dtype,) = {config.model.dtype for config in configs.values()}  # an override, or float32, for all of them
-    measures = machine.speeds("jax", platform, dtype)
+    (dtype,) = {config.model.dtype for config in configs.values()}
+    peak = peak_of(jax.devices()[0].device_kind, dtype)
+    measures = machine.speeds("jax", arguments.platform, dtype)
     build_peer, torch_speeds = build, machine.speeds
     with contextlib.ExitStack() as stack:
-        if others and platform == "cpu":
-            pool = stack.enter_context(apart.process())
-            build_peer, torch_speeds = (functools.partial(f, pool) for f in (apart.build_in, apart.speeds_in))
-        if others:
-            measures |= torch_speeds("torch", platform, dtype)
+
+        def alone(make: Callable, *given: Any) -> Any:
+            return make(stack.enter_context(apart.process()), *given)
+
+        if arguments.platform == "cpu":
+            build_peer, torch_speeds = (functools.partial(alone, f) for f in (apart.build_in, apart.speeds_in))
+        if arguments.implementations != ["ours"]:
+            measures |= torch_speeds("torch", arguments.platform, dtype)
         results = rounds(arguments, configs, measures, build_peer)
+    rows = compare(results.seconds, results.facts, configs, results.speeds, failed=results.failed, peak=peak)
+    add_rooflines(rows, results)
     return dict(
         machine={name: spread(values) | dict(best=max(values)) for name, values in results.speeds.items()},
-        rows=compare(
-            results.seconds, results.facts, configs, results.speeds,
-            failed=results.failed, peak=flops.peak_flops(jax.devices()[0].device_kind),
-        ),
+        rows=rows,
         **results.profiles,
-    )  # fmt: skip
+    )
+
+
+def peak_of(device_kind: str, dtype: str) -> float | None:
+    """FLOP/s of a device in a type, by its data sheet; None where it is not known: all there are, are of bfloat16."""
+    return flops.peak_flops(device_kind) if dtype == "bfloat16" else None
+
+
+def add_rooflines(rows: list[dict[str, Any]], results: "Results") -> None:
+    """To the parts of a profile, and to our rows that have one: `machine.roofline`. The whole step's FLOPs are its
+    parts'; its bytes are its own (parameters and state, read and written, and a batch), not what parts hand on."""
+    ours = {row["strategy"]: row for row in rows if row["implementation"] == "ours" and "failed" not in row}
+    for name, parts in results.profiles.get("parts", {}).items():
+        for part in parts:
+            part |= machine.roofline(part["flops"], part["compulsory_bytes"], part["seconds"]["median"], results.speeds)
+        if name in ours:
+            row, total = ours[name], sum(part["flops"] for part in parts)
+            found = machine.roofline(total, row["compulsory_bytes"], row["seconds"]["median"], results.speeds)
+            row["roofline"] = dict(flops=total) | found
 
 
 def rounds(
@@ -126,8 +143,9 @@ def build_all(
         name, implementation = contestant
         progress(f"{name} {implementation}: build, and steps to warm up")
         with results.catching(contestant):
-            make = build if implementation == "ours" else build_peer
-            step, facts[contestant] = make(implementation, configs[name], "cuda" if on_gpu else "cpu")
+            given = implementation, configs[name], "cuda" if on_gpu else "cpu"
+            ours = implementation == "ours"
+            step, facts[contestant] = build(*given, arguments.short) if ours else build_peer(*given)
             for _ in range(WARM_UP.get(implementation, 3 if on_gpu else 1)):
                 step()
             steps[contestant] = step
@@ -165,7 +183,7 @@ def profile(arguments: argparse.Namespace, name: str, config: ConfigDict, step: 
     """Where the time of a strategy's step goes: a trace of two of ours, if they ran, and the parts of one, alone."""
     from experiments import parts
 
-    work = dict(parts=lambda: parts.measure(config, arguments.repeats))
+    work = dict(parts=lambda: parts.measure(config, arguments.repeats, arguments.short))
     if step is not None:
         work = dict(trace=lambda: traced(Path(arguments.profile) / name, config, step)) | work
     for what, measure in work.items():
@@ -183,7 +201,7 @@ def traced(folder: Path, config: ConfigDict, step: Step) -> dict[str, Any] | Non
     from experiments import trace
 
     if jax.default_backend() == "gpu":
-        step, _ = build_ours(config, WITHOUT_GRAPHS)
+        step, _ = build_ours(config, compiler_options=WITHOUT_GRAPHS)
         step()
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0  # it would slow the host down
@@ -214,9 +232,10 @@ def compare(
 ) -> list[dict[str, Any]]:
     """A row for each (strategy, implementation); of one that failed, its shape and the reason.
 
-    matmul_share: model FLOP/s over the fastest matmul seen. mfu: model FLOP/s of a device over `peak`, FLOP/s of one by
-    its data sheet (bfloat16), or None. over_ours: a peer's seconds over ours, of the steps of one round. cost_per_token
-    and flops_per_token_ratio: over those of the shortest strategy (the first is None where that one failed).
+    matmul_share: model FLOP/s over the fastest matmul seen. mfu: model FLOP/s of a device over `peak`, the FLOP/s of
+    one in the type that is computed in, by its data sheet, or None. over_ours: a peer's seconds over ours, of the steps
+    of one round. cost_per_token and flops_per_token_ratio: over those of the shortest strategy (the first is None where
+    that one failed).
     """
     failed = failed or {}
     fastest = max(max(values) for name, values in speeds.items() if name.startswith("matmul"))

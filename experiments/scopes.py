@@ -17,21 +17,30 @@ PARTS = (
     "experts",
     "head and loss",
     "optimizer",
+    "collectives",  # what devices send each other, and their waiting for each other there
     "rest",  # norms, residual stream, what is kept for the backward pass, random keys
     "not named",  # kernels that no instruction is known of
 )
-# The first that is found decides. (part, pattern, how sure: 2, the operation itself says so; 1, where it is does.)
+# By the instruction, or a GPU's kernel. Its scope does not tell: a reshard may be a copy, and the gradients of many
+# parts are added up at once.
+COLLECTIVE = re.compile(r"\b(all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)|nccl", re.IGNORECASE)
+SILENT = ("constant", "parameter")  # opcodes; one constant serves many places, and has the scope of one of them
+# Of the others the first that is found decides. (part, pattern, how sure: 2, the operation itself says so; 1, where it
+# is does.) Queries, keys and values are made in a checkpoint, so what their backward pass has beside it is attention's.
 RULES = [
     (part, re.compile(pattern), sure)
     for part, pattern, sure in (
-        ("attention", r"layers\.attention.*(while|qk,|qs,|bhts|softmax|attend|flash|pallas|dot_product|cudnn)", 2),
-        ("attention", r"fmha|flash|cudnn.*attention|dot_product_attention", 2),
-        ("projections of attention", r"layers\.attention.*(dhk|hkd)", 2),
+        ("rest", r"/reduce_precision$", 0),
+        ("attention", r"layers\.attention.*(while|qk,|qs,|bhts|/exp$|reduce_max|_where|flash|pallas|dot_product)", 2),
+        ("attention", r"fmha|flash|dot_product_attention", 2),
+        ("projections of attention", r"layers\.attention.*dot_general", 2),
+        ("attention", r"transpose\((?!.*rematted).*layers\.attention/(?!checkpoint|layers|reshape|reshard)", 1),
+        ("attention", r"layers\.attention(/shard_map)?(/closed_call|/eval_jaxpr|/broadcast|$)", 1),
         ("projections of attention", r"layers\.attention", 1),
         ("experts", r"layers\.experts.*(nrd|nrf|ndf|silu|ragged|pallas|while|layers\.use|experts/expert\b)", 2),
         ("router and dispatch", r"layers\.experts.*(bte|nkd|top_k|cumsum|erf_inv|_normal|gather|scatter)", 2),
         ("router and dispatch", r"layers\.experts", 1),
-        ("head and loss", r"jvp\(\).*(cd,vd|cv,vd|cv,cd)", 2),
+        ("head and loss", r"jvp\(\).*(cd,vd|cv,vd|dc,cv)", 2),
         ("rest", r"threefry_(split|fold_in)", 0),
         ("head and loss", r"jvp\(\)", 1),
         ("embedding", r"jvp\(MoETransformer\)+/((jit\(\w+\)/)?(gather|scatter-add|scatter)|embed)", 1),
@@ -41,12 +50,13 @@ RULES = [
 ]
 
 
-def part_of(scope: str) -> tuple[str, bool]:
-    """(the part of a scope, whether it is of the backward pass).
+def part_of(scope: str, names: str = "") -> tuple[str, bool]:
+    """(the part that a kernel is of, whether it is of the backward pass), by its scope; a collective's by its names.
 
     The gradients of the head are computed with the loss, in the forward pass.
     """
-    return _part(scope)[0], "transpose(" in scope
+    part = "collectives" if COLLECTIVE.search(names) else _part(scope)[0]
+    return part, "transpose(" in scope
 
 
 def _part(scope: str) -> tuple[str, int]:
@@ -85,7 +95,8 @@ def _scopes(module: memoryview) -> dict[str, str]:
     for instructions in computations.values():
         for name, scope, opcode, called in instructions:
             inner = called if opcode == "fusion" else ()
-            scopes = [scope, *(s for c in inner for _, s, _, _ in reversed(computations.get(c, [])))]
+            within = (i for c in inner for i in reversed(computations.get(c, [])))
+            scopes = [scope, *(s for _, s, code, _ in within if code not in SILENT)]
             own[name] = telling([s for s in scopes if s])
     return {_kernel(name): scope for name, scope in own.items()} | own
 

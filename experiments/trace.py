@@ -3,10 +3,10 @@
     python -m experiments.trace traces/balanced
 
 prints milliseconds a step of each part of the model, forward and backward; its kernels; how long the device waited
-between kernels; and the longest kernels. On a GPU: what the first device ran, of all programs in the trace; the
-benchmark traces a program without CUDA graphs, for a graph hides which instruction a kernel is of. On a CPU:
-milliseconds of all cores together, and waiting is not known. --steps=N says how many steps the trace holds, where it
-does not say so itself.
+between kernels; and the longest kernels. What devices send each other, and wait for each other in, is a part of its
+own. On a GPU: what the first device ran, of all programs in the trace; the benchmark traces a program without CUDA
+graphs, for a graph hides which instruction a kernel is of. On a CPU: milliseconds of all cores together, and waiting is
+not known. --steps=N says how many steps the trace holds, where it does not say so itself.
 Exit codes: 0; 1, the trace holds nothing that a device ran; 2, no trace there.
 """
 
@@ -27,12 +27,17 @@ NOTHING = "the trace holds nothing that a device ran"
 
 
 class Event(NamedTuple):
-    """A kernel that ran, or an operation on a CPU. `start` and `duration`: nanoseconds."""
+    """A kernel that ran, or an operation on a CPU. `start` and `duration`: nanoseconds; instruction: what it is of."""
 
     scope: str
     name: str
     start: float
     duration: float
+    instruction: str = ""
+
+    @property
+    def part(self) -> tuple[str, bool]:
+        return part_of(self.scope, f"{self.instruction} {self.name}")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -86,7 +91,7 @@ def kernels(plane: Any, programs: dict[str, dict[str, str]]) -> Iterator[Event]:
             if "hlo_op" in said:
                 scopes = programs.get(str(said.get("program_id")), {})
                 scope = scopes.get(said["hlo_op"]) or scopes.get(event.name) or said.get("name", "")
-                yield Event(scope, event.name, event.start_ns, event.duration_ns)
+                yield Event(scope, event.name, event.start_ns, event.duration_ns, said["hlo_op"])
 
 
 def operations(planes: Iterable[Any], programs: dict[str, dict[str, str]]) -> Iterator[Event]:
@@ -141,11 +146,11 @@ def summarize(events: Sequence[Event], steps: int, waits: bool = True) -> dict[s
     spent, count = collections.Counter(), collections.Counter()
     by_kernel, times = collections.Counter(), collections.Counter()
     for event in events:
-        part, backward = part_of(event.scope)
+        part, backward = event.part
         spent[part, backward] += event.duration
         count[part] += 1
-        by_kernel[event.name, event.scope] += event.duration
-        times[event.name, event.scope] += 1
+        by_kernel[event.name, event.scope, part] += event.duration
+        times[event.name, event.scope, part] += 1
     each = 1e-6 / steps
     busy = busy_time((event.start, event.start + event.duration) for event in events)
     span = max(e.start + e.duration for e in events) - min(e.start for e in events)
@@ -165,8 +170,8 @@ def summarize(events: Sequence[Event], steps: int, waits: bool = True) -> dict[s
             if count[part]
         ],
         longest=[
-            dict(name=name, scope=scope, part=part_of(scope)[0], ms=ns * each, kernels=times[name, scope] / steps)
-            for (name, scope), ns in by_kernel.most_common(LONGEST)
+            dict(name=name, scope=scope, part=part, ms=ns * each, kernels=times[name, scope, part] / steps)
+            for (name, scope, part), ns in by_kernel.most_common(LONGEST)
         ],
     )
 

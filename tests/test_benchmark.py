@@ -4,16 +4,15 @@ import argparse
 import importlib.util
 import json
 import os
+import subprocess
 
-import jax
 import numpy as np
 import pytest
 
-from experiments import apart, benchmark, contestants, parts, rounds, scopes, trace
+from experiments import apart, benchmark, contestants, parts, rounds, trace
 from experiments.benchmark_table import show
 from experiments.flags import load_config
-from research import flops, sharding, target
-from research.analysis import compute
+from research import cores, flops, heaps
 from research.config import ConfigError
 from tests.small import small_config
 
@@ -87,7 +86,7 @@ def test_an_implementation_that_fails_does_not_end_the_run(tmp_path, capsys, mon
     out = tmp_path / "cpu.json"
     built = contestants.build_ours
 
-    def build(implementation, config, device):
+    def build(implementation, config, device, short):
         if config.strategy == "long_seq":
             raise RuntimeError("out of memory\nand more lines")
         return built(config)
@@ -119,63 +118,6 @@ def test_a_timed_step_follows_another_of_the_same_contestant():
     assert {name: len(x) for (_, name), x in results.seconds.items()} == {"ours": 2, "original": 2}
 
 
-JVP, BACK = "jit(train_step)/jvp(MoETransformer)", "jit(train_step)/transpose(jvp(MoETransformer))"
-LAYER = "while/body/eval_jaxpr/layers/layers"
-
-
-@pytest.mark.parametrize(
-    ("scope", "part", "backward"),
-    [
-        (f"{JVP}/gather", "embedding", False),
-        (f"{BACK}/scatter-add", "embedding", True),
-        (f"{JVP}/{LAYER}.mix/layers.attention/btd,dhk->bthk/dot_general", "projections of attention", False),
-        (f"{BACK}/{LAYER}.mix/layers.attention/checkpoint/mul", "projections of attention", True),
-        (f"{JVP}/{LAYER}.mix/layers.attention/while/body/eval_jaxpr/exp", "attention", False),
-        (f"{BACK}/{LAYER}.mix/layers.attention/pallas_call", "attention", True),
-        (f"{JVP}/{LAYER}.think/layers.experts/top_k", "router and dispatch", False),
-        (f"{BACK}/{LAYER}.think/layers.experts/nrd,nrf->ndf/dot_general", "experts", True),
-        (f"{JVP}/{LAYER}.think/mul", "rest", False),
-        ("jit(train_step)/jvp()/while/body/eval_jaxpr/cd,vd->cv/dot_general", "head and loss", False),
-        ("jit(train_step)/src,sqc->srq/dot_general", "optimizer", False),
-        ("", "not named", False),
-    ],
-)
-def test_a_scope_says_which_part_of_the_model_a_kernel_is_of(scope, part, backward):
-    assert scopes.part_of(scope) == (part, backward)
-
-
-def test_a_fused_kernel_is_of_the_part_that_its_operations_name_the_most_surely():
-    kept, silu = f"{JVP}/while/body/dynamic_update_slice", f"{JVP}/{LAYER}.think/layers.experts/jit(silu)/mul"
-    assert scopes.telling([kept, f"{JVP}/{LAYER}.think/layers.experts/add", silu]) == silu
-    assert scopes.telling([kept]) == kept and scopes.telling([]) == ""
-
-
-def test_a_trace_is_grouped_into_milliseconds_a_step():
-    experts, optimizer = f"{JVP}/{LAYER}.think/layers.experts/jit(silu)/mul", "jit(train_step)/add"
-    events = [
-        trace.Event(experts, "fusion_1", 0.0, 2e6),
-        trace.Event(experts.replace(JVP, BACK), "fusion_2", 1e6, 3e6),  # on another stream, beside the first
-        trace.Event(optimizer, "fusion_3", 6e6, 1e6),
-        trace.Event(optimizer, "fusion_3", 9e6, 1e6),
-    ]
-    found = trace.summarize(events, steps=2)
-    assert found["parts"] == [
-        dict(part="experts", forward_ms=1.0, backward_ms=1.5, kernels=1.0),
-        dict(part="optimizer", forward_ms=1.0, backward_ms=0.0, kernels=1.0),
-    ]
-    assert (found["kernels"], found["busy_ms"], found["idle_ms"]) == (2.0, 3.0, 2.0)
-    assert [(k["name"], k["ms"], k["kernels"]) for k in found["longest"]][:2] == [
-        ("fusion_2", 1.5, 0.5),
-        ("fusion_1", 1.0, 0.5),
-    ]
-    assert trace.summarize(events, 2, waits=False)["idle_ms"] is None
-
-
-def test_time_inside_an_operation_is_counted_once():
-    events = [trace.Event("", "a", 0, 10), trace.Event("", "b", 1, 4), trace.Event("", "c", 2, 1)]
-    assert [(e.name, e.duration) for e in trace.less_inner(events)] == [("a", 6), ("b", 3), ("c", 1)]
-
-
 def test_one_run_times_every_implementation_in_every_round(tmp_path, capsys):
     out = tmp_path / "new" / "cpu.json"
     argv = [f"--out={out}", "--repeats=3", "--strategies=balanced", *TINY]
@@ -205,13 +147,80 @@ def test_a_contestant_in_another_process_takes_the_same_steps_and_its_mistakes_c
         assert pool.submit(os.getpid).result() != os.getpid()
 
 
-def test_steps_run_in_a_process_each_and_report_its_peak_memory(tmp_path):
+def test_every_published_result_can_still_be_shown(capsys):
+    """Those of before parts had bytes, and rows a peer's memory."""
+    files = sorted((benchmark.ROOT / "experiments/results/benchmark").glob("*.json"))
+    for file in files:
+        content = json.loads(file.read_text())
+        show(content)
+        printed = capsys.readouterr().out
+        assert all(row["strategy"] in printed for row in content["rows"]), file
+        assert ("parts of a step" in printed) == ("parts" in content), file
+    assert files
+
+
+@pytest.mark.parametrize(
+    ("platform", "scale", "given", "dtype"),
+    [
+        ("cpu", "published", [], "float32"),
+        ("gpu", "published", [], "bfloat16"),
+        ("tpu", "published", [], "bfloat16"),
+        ("gpu", "cpu", [], "float32"),
+        ("cpu", "published", ["--config.model.dtype=bfloat16"], "bfloat16"),
+        ("gpu", "published", ["--config.model.dtype=float32"], "float32"),
+    ],
+)
+def test_a_step_is_computed_in_the_configs_type_but_on_a_cpu(platform, scale, given, dtype, monkeypatch):
+    argv = [f"--scale={scale}", "--implementations=ours", "--strategies=balanced", *given]
+    monkeypatch.setattr(benchmark, "platform_at_hand", lambda: 1 / 0)  # a child is told
+    arguments, configs = benchmark.parse([*argv, f"--child={platform}"])
+    assert (configs["balanced"].model.dtype, arguments.platform) == (dtype, platform)
+    monkeypatch.setattr(benchmark, "platform_at_hand", lambda: platform)
+    assert benchmark.parse(argv)[1]["balanced"].model.dtype == dtype
+
+
+def test_a_parent_tells_its_children_what_they_run_on(monkeypatch):
+    commands = []
+    done = subprocess.CompletedProcess([], 0, stdout=json.dumps(dict(all_seconds=[1.0])))
+    monkeypatch.setattr(benchmark.subprocess, "run", lambda command, **_: commands.append(command) or done)
+    monkeypatch.setattr(benchmark, "platform_at_hand", lambda: "gpu")
+    argv = ["--scale=published", "--steps=1", "--strategies=balanced", "--implementations=ours", "--short"]
+    benchmark.run_children(*benchmark.parse(argv), argv)
+    (command,) = commands
+    arguments, configs = benchmark.parse(command[3:])
+    assert configs["balanced"].model.dtype == "bfloat16" and arguments.short
+
+
+def test_utilisation_is_of_the_peak_of_the_type_that_is_computed_in():
+    assert rounds.peak_of("NVIDIA H200", "bfloat16") == 989e12
+    assert rounds.peak_of("NVIDIA H200", "float32") is None and rounds.peak_of("cpu", "bfloat16") is None
+
+
+@pytest.mark.parametrize(("given", "run"), [([], "long"), (["--short"], "short")])
+def test_ours_is_the_program_of_a_long_run_or_of_a_short_one(given, run, monkeypatch):
+    """On a CPU a long run's keeps its memory in blocks (heaps.py)."""
+    arguments, configs = benchmark.parse(["--implementations=ours", "--strategies=balanced", *TINY, *given])
+    results, asked = rounds.Results({}), []
+    compiled = heaps.compiler_options
+    monkeypatch.setattr(heaps, "compiler_options", lambda *a: asked.append(compiled(*a)) or asked[-1])
+    steps, facts = rounds.build_all(arguments, configs, ["balanced"], None, results)
+    row = facts["balanced", "ours"]()
+    assert (row["run"], row["in_blocks"]) == (run, run == "long") and steps and not results.failed
+    assert [bool(options) for options in asked] == [run == "long"]
+
+
+def test_steps_run_in_a_process_each_and_report_its_peak_memory_and_environment(tmp_path, monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS")  # so that a child has devices and options that this process has not
     out = tmp_path / "cpu.json"
     argv = [f"--out={out}", "--steps=2", "--strategies=balanced", *TINY]
     ballast = np.ones(200_000_000)  # 1.6 GB of this process, not of its children
     assert benchmark.main([*argv, "--config.train.steps=2", "--config.model.router_noise=0"]) == 0
     rows = json.loads(out.read_text())["rows"]
     assert [row["implementation"] for row in rows] == IMPLEMENTATIONS
+    ours, others = rows[0]["environment"], rows[1:]
+    assert ours["devices"] == min(cores.count(), cores.MOST)
+    assert all(option in ours["xla_flags"] for option in cores.OPTIONS.values())
+    assert all(row["environment"]["threads"] > 0 and row["environment"]["torch"] for row in others)
     for row in rows:
         assert len(row["all_seconds"]) == 2
         assert row["losses"][1] < row["losses"][0]  # a real update of the same batch
@@ -219,35 +228,40 @@ def test_steps_run_in_a_process_each_and_report_its_peak_memory(tmp_path):
         assert 50e6 < row["peak_bytes"] < ballast.nbytes  # an interpreter with JAX or PyTorch
 
 
-@pytest.mark.parametrize("activation", ["silu", "swiglu"])
-def test_the_parts_products_are_all_of_the_steps(activation):
-    """None is left out, none counted twice: their sum is that of the whole step."""
-    config = small_config(activation=activation, attention="chunked")
-    config.train.steps = 10
-    config.update(dict(batch_size=4, seq_len=32))
-    with jax.set_mesh(sharding.make_mesh({"data": 1, "expert": 1, "seq": 1})):
-        found = {part.name: part.flops() for part in parts.parts_of(config)}
-    assert sum(found.values()) == compute.train_flops(config, target.at_hand())
-    assert {name for name, amount in found.items() if amount == 0} == {"embedding"}
-
-
-def test_a_profile_has_every_part_and_a_trace(tmp_path, capsys):
-    out, traces = tmp_path / "cpu.json", tmp_path / "traces"
-    argv = [f"--out={out}", "--repeats=2", "--strategies=balanced", "--implementations=ours", f"--profile={traces}"]
-    assert benchmark.main([*argv, *TINY]) == 0
-    rows = json.loads(out.read_text())["parts"]["balanced"]
-    assert [row["part"] for row in rows][-2:] == ["head and loss", "optimizer"] and len(rows) == 7
-    assert all(row["seconds"]["median"] > 0 for row in rows)
-    assert list((traces / "balanced").rglob("*.xplane.pb"))
-    found = json.loads(out.read_text())["trace"]["balanced"]
+def test_a_profile_has_every_part_and_a_trace(tmp_path, capsys, monkeypatch):
+    """And without --out it is where the help says."""
+    monkeypatch.chdir(tmp_path)
+    argv = ["--repeats=2", "--strategies=balanced", "--implementations=ours", "--profile=traces", *TINY]
+    assert benchmark.main([*argv, "--config.mesh.data=2"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1] == "runs/benchmark/cpu-cpu.json" and "router and dispatch" in printed
+    content = json.loads((tmp_path / "runs/benchmark/cpu-cpu.json").read_text())
+    check_rooflines(content)
+    assert list((tmp_path / "traces/balanced").rglob("*.xplane.pb"))
+    found = content["trace"]["balanced"]
     spent = {row["part"]: row["forward_ms"] + row["backward_ms"] for row in found["parts"]}
     assert found["steps"] == 2 and found["idle_ms"] is None
-    assert all(spent[part] > 0 for part in ("attention", "experts", "head and loss", "optimizer"))
+    assert all(spent[part] > 0 for part in ("attention", "experts", "head and loss", "optimizer", "collectives"))
     assert spent.get("not named", 0) < 0.5 * sum(spent.values())
-    assert "router and dispatch" in capsys.readouterr().out
-    assert trace.main([str(traces / "balanced")]) == 0
+    assert trace.main(["traces/balanced"]) == 0
     assert "the longest kernels" in capsys.readouterr().out
-    assert trace.main([str(tmp_path / "nowhere")]) == 2
+    assert trace.main(["nowhere"]) == 2
+
+
+def check_rooflines(content):
+    """Of the parts and of the step: time over a floor by the fastest product and copy of this run."""
+    parts_of_step, (row,) = content["parts"]["balanced"], content["rows"]
+    assert [part["part"] for part in parts_of_step][-2:] == ["head and loss", "optimizer"] and len(parts_of_step) == 7
+    matmul, copy = (content["machine"][name]["best"] for name in ("matmul_jax", "copy_jax"))
+    total = dict(flops=sum(part["flops"] for part in parts_of_step), seconds=row["seconds"])
+    whole = row["roofline"] | total | dict(compulsory_bytes=row["compulsory_bytes"])
+    assert row["roofline"]["flops"] == total["flops"]
+    for found in (*parts_of_step, whole):
+        seconds, moved = found["seconds"]["median"], found["compulsory_bytes"]
+        assert found["floor_seconds"] == pytest.approx(max(found["flops"] / matmul, moved / copy)) and moved > 0
+        assert found["over_floor"] == pytest.approx(seconds / found["floor_seconds"])
+        assert found["matmul_share"] == pytest.approx(found["flops"] / seconds / matmul)
+        assert found["copy_share"] == pytest.approx(moved / seconds / copy)
 
 
 def test_a_profile_that_is_not_whole_is_a_failure(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ import transformers
 from torch import nn
 from torch.nn.utils import parametrize
 
-from tests.parity.original import Batch, newton_schulz
+from tests.parity.original import Batch
 
 
 def build(config: Any, seq_len: int) -> transformers.MixtralForCausalLM:
@@ -46,12 +46,13 @@ def build(config: Any, seq_len: int) -> transformers.MixtralForCausalLM:
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonalised Nesterov momentum of weights [out, in] and of stacks of experts [E, out, in]."""
+    """Orthogonalised Nesterov momentum of weights [out, in] and of stacks of experts [E, out, in], a stack at once.
 
-    def __init__(
-        self, parameters: Iterable[nn.Parameter], lr: float, momentum: float, dtype: torch.dtype = torch.float32
-    ):
-        super().__init__(parameters, dict(lr=lr, momentum=momentum, dtype=dtype))
+    A group's `side_by_side` says how many matrices each of its weights holds along `out`: gate and up are one weight.
+    """
+
+    def __init__(self, groups: Iterable[dict], lr: float, momentum: float, dtype: torch.dtype = torch.float32):
+        super().__init__(groups, dict(lr=lr, momentum=momentum, dtype=dtype, side_by_side=1))
 
     @torch.no_grad()
     def step(self) -> None:
@@ -62,18 +63,32 @@ class Muon(torch.optim.Optimizer):
                     state["mean"] = torch.zeros_like(p)
                 state["mean"].lerp_(p.grad, 1 - group["momentum"])
                 ahead = p.grad.lerp(state["mean"], group["momentum"])
-                for weight, direction in zip(matrices(p), matrices(ahead), strict=True):
-                    scale = max(1, weight.shape[0] / weight.shape[1]) ** 0.5
-                    direction = newton_schulz(direction, dtype=group["dtype"]).to(weight.dtype)
-                    weight.add_(direction, alpha=-group["lr"] * scale)
+                matrices = ahead.reshape(-1, p.shape[-2] // group["side_by_side"], p.shape[-1])
+                scale = max(1, matrices.shape[1] / matrices.shape[2]) ** 0.5
+                direction = newton_schulz_stack(matrices.to(group["dtype"])).to(p.dtype)
+                p.add_(direction.reshape(p.shape), alpha=-group["lr"] * scale)
 
 
-def matrices(x: torch.Tensor) -> list[torch.Tensor]:
-    """The matrices of a weight: itself, or each expert's; gate and up, which are stored as one, apart."""
-    if x.ndim == 2:
-        return [x]
-    halves = x.chunk(2, dim=1) if x.shape[1] > x.shape[2] else (x,)  # [E, 2F, D], or [E, D, F]
-    return [matrix for half in halves for matrix in half.unbind()]
+def newton_schulz_stack(X: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """`original.newton_schulz` of each matrix of a stack [S, out, in], in batched products."""
+    tall = X.shape[1] > X.shape[2]
+    if tall:
+        X = X.mT
+    X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
+    return X.mT if tall else X
+
+
+def sort_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+    """(matrices and stacks of them, those that are gate and up in one, all others)."""
+    matrices, pairs, rest = [], [], []
+    for name, p in model.named_parameters():
+        table = name.endswith(("embed_tokens.weight", "lm_head.weight"))
+        kind = rest if p.ndim == 1 or table else pairs if "gate_up_proj" in name else matrices
+        kind.append(p)
+    return matrices, pairs, rest
 
 
 class Cast(nn.Module):
@@ -105,13 +120,16 @@ class Trainer:
             stacked = [(m, n) for m in model.modules() for n, p in m.named_parameters(recurse=False) if p.ndim == 3]
             for module, name in stacked:
                 parametrize.register_parametrization(module, name, Cast(autocast), unsafe=True)
-        tables = ("embed_tokens.weight", "lm_head.weight")
-        named = {id(p): (name, p) for name, p in model.named_parameters()}.values()
-        is_matrix = {p: p.ndim > 1 and not name.endswith(tables) for name, p in named}
+        matrices, pairs, rest = sort_parameters(model)
         self.optimizers = [
-            Muon([p for p, matrix in is_matrix.items() if matrix], config.learning_rate, config.momentum, dtype),
+            Muon(
+                [dict(params=matrices), dict(params=pairs, side_by_side=2)],
+                config.learning_rate,
+                config.momentum,
+                dtype,
+            ),
             torch.optim.AdamW(
-                [p for p, matrix in is_matrix.items() if not matrix],
+                rest,
                 lr=config.adamw_learning_rate,
                 betas=(config.beta1, config.beta2),
                 eps=config.epsilon,

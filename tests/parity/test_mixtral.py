@@ -10,7 +10,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from research.model import MoETransformer, output_table  # noqa: E402
-from tests.parity import mixtral  # noqa: E402
+from tests.parity import mixtral, original  # noqa: E402
 from tests.parity.test_parity import random_params  # noqa: E402
 from tests.small import model_config, placed, random_batch, relative, small_config  # noqa: E402
 
@@ -81,3 +81,43 @@ def test_the_peers_step_learns_a_batch():
     losses = [trainer.step(tensors, 0.01) for _ in range(10)]
     assert losses[-1] < 0.8 * losses[0]
     assert all(not torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+
+
+def updates_of_matrices(d_model: int, d_ff: int) -> dict[str, tuple[torch.Tensor, ...]]:
+    """(weight before, random gradient, weight after one step) of what is Muon's in a model of one layer."""
+    config = small_config(**CHANGES, d_model=d_model, d_ff=d_ff, num_layers=1)
+    torch.manual_seed(0)
+    trainer = mixtral.Trainer(mixtral.build(config.model, 20), config.optimizer)
+    muon, _ = trainer.optimizers
+    ids = {id(p) for group in muon.param_groups for p in group["params"]}
+    named = {name: p for name, p in trainer.model.named_parameters() if id(p) in ids}
+    for p in named.values():
+        p.grad = torch.randn_like(p)
+    before = {name: p.detach().clone() for name, p in named.items()}
+    muon.step()
+    return {name: (before[name], p.grad, p.detach()) for name, p in named.items()}
+
+
+@pytest.mark.parametrize(("d_model", "d_ff"), [(32, 64), (32, 32), (64, 32), (64, 48)])
+def test_muon_of_a_stack_at_once_is_that_of_each_matrix_alone(d_model, d_ff):
+    config = small_config(**CHANGES).optimizer
+    beta = config.momentum
+    updates = updates_of_matrices(d_model, d_ff)
+    assert sum(before.ndim == 3 for before, _, _ in updates.values()) == 2 and len(updates) == 7
+    for name, (before, gradient, after) in updates.items():
+        ahead = gradient.lerp((1 - beta) * gradient, beta)  # of a momentum that was zero
+        halves = ahead.chunk(2, dim=-2) if "gate_up_proj" in name else [ahead]
+        shape = (d_ff, d_model) if "gate_up_proj" in name else before.shape[-2:]
+        matrices = [matrix for half in halves for matrix in half.reshape(-1, *shape)]
+        scale = config.learning_rate * max(1, shape[0] / shape[1]) ** 0.5
+        alone = torch.stack([original.newton_schulz(matrix) for matrix in matrices]).reshape(len(halves), -1, *shape)
+        wanted = before - scale * torch.cat(list(alone), dim=-2).reshape(before.shape)
+        assert relative(after - before, wanted - before) < 1e-5, name
+
+
+def test_a_stack_is_multiplied_in_batched_products(monkeypatch):
+    """As many for all experts as for one, as in ours: the gates and ups of four, their outputs, and single matrices."""
+    sizes = []
+    monkeypatch.setattr(torch, "baddbmm", lambda *a, made=torch.baddbmm, **k: sizes.append(len(a[0])) or made(*a, **k))
+    updates_of_matrices(32, 64)
+    assert {size: sizes.count(size) for size in sizes} == {1: 5 * 2 * 5, 4: 2 * 5, 8: 2 * 5}  # two in each of five maps
