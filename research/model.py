@@ -164,16 +164,12 @@ class Block(nn.Module):
         def make_qkv(hidden_BTD: jax.Array, scale_D: jax.Array, qkv: jax.Array) -> tuple[jax.Array, ...]:
             return attention.make_qkv(normalize(hidden_BTD, scale_D, c.norm_epsilon), qkv, rotary)
 
-        @functools.partial(jax.checkpoint, prevent_cse=False)  # attention keeps its result already, in its own shape
-        def put_out(mixed_BTHK: jax.Array, out: jax.Array) -> jax.Array:
-            return project(mixed_BTHK.reshape(hidden_BTD.shape), out)
-
         mixed_BTHK = attention.attend(
             *make_qkv(hidden_BTD, scale_D, qkv),
             backend=self.attention_backend(segments_BT), chunk=c.attention_chunk, segments_BT=segments_BT,
             dropout=c.dropout if self.train else 0.0, key=self.key("dropout"),
         )  # fmt: skip
-        return put_out(mixed_BTHK, out)
+        return project(mixed_BTHK, out)
 
     def attention_backend(self, segments_BT: jax.Array | None) -> str:
         c = self.config

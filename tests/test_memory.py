@@ -97,6 +97,13 @@ def test_what_kernels_keep_for_themselves_is_counted_by_hand(product, kind, rows
     assert scratch.scratch_bytes(text) == expected
 
 
+def test_a_product_that_is_the_result_in_another_shape_is_no_scratch():
+    head = GROUP.partition("  %scaled")[0].replace("%view =", "ROOT %view =")
+    rest = GROUP[GROUP.index("}\n\nENTRY") :]
+    text = (head + rest).replace("PRODUCT", "dot").replace("KIND", "__ynn_fusion").replace("ROWS", "1")
+    assert "ROOT %view = f32[1,4,8,8]{3,2,1,0} bitcast(%product)" in text and scratch.scratch_bytes(text) == 0
+
+
 def test_scratch_of_kept_scores_is_part_of_the_plan():
     found = usage(batch_size=8, seq_len=512, **{"model.attention": "xla"})
     scores = 4 * 8 * config_of().model.num_heads * 512 * 512

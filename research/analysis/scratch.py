@@ -46,6 +46,8 @@ def _most_alive(lines: Sequence[str]) -> int:
         product |= operation == "dot"
         if operation in SAME and names:
             views[name] = names[0]
+            if root:  # what it is a view of is the result, and no scratch
+                sizes.pop(names[0], None)
         elif operation not in (*SAME, *GIVEN) and not root:
             slices = 1 if operation == "dot" or not dims else int(dims.partition(",")[0])
             sizes[name], born[name] = -(-hlo.array_bytes(dtype, dims) // slices), place
