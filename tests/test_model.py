@@ -10,6 +10,7 @@ import pytest
 from configs import base
 from research import sharding
 from research.model import ModelConfig, MoETransformer, look_up, output_table, rms_norm
+from tests.precision import roundings
 from tests.small import bigger, model_config, placed, relative
 
 
@@ -125,19 +126,23 @@ def test_parameters_are_born_sharded_under_fsdp():
         assert held == (leaf.size if path[-1].key.endswith("norm") else leaf.size // 8), path
 
 
-def test_the_norms_own_gradient_is_that_of_its_formula(rng):
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, roundings(2))], ids=["float32", "bfloat16"]
+)
+def test_the_norms_own_gradient_is_that_of_its_formula(rng, dtype, tolerance):
     def plain(x, scale):
         return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-3) * scale
 
-    x, d_out = (rng.standard_normal((3, 5, 32)).astype(np.float32) for _ in range(2))
+    x, d_out = (jnp.asarray(rng.standard_normal((3, 50, 32)), dtype) for _ in range(2))
     scale = rng.standard_normal(32).astype(np.float32)
     out, backward = jax.vjp(lambda x, s: rms_norm(x, s, 1e-3), x, scale)
     with jax.enable_x64(True):
         wanted, plain_backward = jax.vjp(plain, *(np.asarray(a, np.float64) for a in (x, scale)))
         wanted_gradients = plain_backward(np.asarray(d_out, np.float64))
-    assert relative(out, wanted) < 1e-6
-    for found, exact in zip(backward(jnp.asarray(d_out)), wanted_gradients, strict=True):
-        assert relative(found, exact) < 1e-6
+    d_x, d_scale = backward(d_out)
+    assert (out.dtype, d_x.dtype, d_scale.dtype) == (dtype, dtype, jnp.float32)
+    assert relative(out, wanted) < tolerance and relative(d_x, wanted_gradients[0]) < tolerance
+    assert relative(d_scale, wanted_gradients[1]) < 1e-6  # added up in float32 whatever x is
 
 
 def test_the_gradient_of_a_common_token_is_not_lost_in_bfloat16(rng, one_device):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from research import grouped, moe
 from research.model import make_expert
+from tests.precision import errors, outcome, roundings
 from tests.small import placed, relative
 
 
@@ -25,29 +26,41 @@ ROWS, EXPERTS = 24, 4
 def every_expert(x, weights, sizes, activation):
     """Every expert on every row; a row keeps its own expert's output."""
     silu = lambda a: a / (1 + jnp.exp(-a))  # noqa: E731
-    hidden = jnp.einsum("md,edf->emf", x, weights["up"])
-    gate = jnp.einsum("md,edf->emf", x, weights["gate"])
-    hidden = silu(gate) * hidden if activation == "swiglu" else silu(hidden)
-    own = jnp.repeat(jnp.arange(len(sizes)), sizes, total_repeat_length=ROWS)[None] == jnp.arange(len(sizes))[:, None]
+    product = lambda name: jnp.einsum("md,edf->emf", x, weights[name])  # noqa: E731
+    hidden = silu(product("gate")) * product("up") if activation == "swiglu" else silu(product("up"))
+    own = jnp.repeat(jnp.arange(len(sizes)), sizes, total_repeat_length=len(x))[None] == jnp.arange(len(sizes))[:, None]
     return jnp.einsum("emf,edf,em->md", hidden, weights["down"], own)
 
 
 @functools.partial(jax.jit, static_argnames=("backend", "activation", "block"))
-def both(x, weights, sizes, share, cotangent, backend, activation, block):
-    """(output, gradients) of apply_experts and of every_expert."""
+def experts(x, weights, share, sizes, cotangent, backend, activation, block=None):
+    """Output and gradients of apply_experts, or, where backend is "plain", of every_expert. share None: all ones."""
 
-    def fast(x, weights, share):
+    def run(x, weights, share=None):
+        if backend == "plain":
+            return every_expert(x, weights, sizes, activation) * (1 if share is None else share[:, None])
         expert = make_expert(activation, 0.0)
         return grouped.apply_experts(expert, x, weights, sizes, share, backend=backend, block=block)
 
-    def plain(x, weights, share):
-        return every_expert(x, weights, sizes, activation) * share[:, None]
+    return outcome(run, (x, weights) if share is None else (x, weights, share), cotangent)
 
-    def outcome(run):
-        out, vjp = jax.vjp(run, x, weights, share)
-        return out, *vjp(cotangent)
 
-    return outcome(fast), outcome(plain)
+def experts_off(rng, backend, activation, dtype, sizes, width, hidden, block):
+    """Relative errors of values and gradients in `dtype`, to every expert on every row in float32, of the same numbers.
+    The shares are float32, as the router's are, and given to whom the model gives them."""
+    names = ("up", "gate", "down") if activation == "swiglu" else ("up", "down")
+    given = dict(
+        x=rng.standard_normal((sum(sizes), width)), weights=make_weights(rng, len(sizes), width, hidden, names)
+    )
+    given = jax.tree.map(lambda a: jnp.asarray(a, dtype), given)
+    share = jnp.asarray(rng.uniform(size=sum(sizes)), jnp.float32) if backend == "blocks" else None
+    rest = dict(sizes=jnp.asarray(sizes, jnp.int32), activation=activation)
+    rest["cotangent"] = jnp.asarray(rng.standard_normal((sum(sizes), width)), jnp.float32)
+    with jax.default_matmul_precision("highest"):
+        found = experts(**given, share=share, **rest, backend=backend, block=block)
+        wanted = experts(**jax.tree.map(lambda a: a.astype(jnp.float32), given), share=share, **rest, backend="plain")
+    assert {a.dtype for a in found[: 2 + len(names)]} == {jnp.dtype(dtype)}
+    return errors(found, wanted)
 
 
 @settings(max_examples=40, deadline=None)
@@ -64,10 +77,31 @@ def test_experts_equal_every_expert_on_every_row(cuts, backend, activation, bloc
     with jax.enable_x64(True):
         weights = make_weights(rng, EXPERTS, 8, 12, ("up", "gate", "down"))
         x, cotangent = rng.standard_normal((2, ROWS, 8))
-        found, wanted = both(x, weights, sizes, rng.uniform(size=ROWS), cotangent, backend, activation, block)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        arrays = x, weights, rng.uniform(size=ROWS), sizes, cotangent
+        found = experts(*arrays, backend, activation, block)
+        wanted = experts(*arrays, "plain", activation)
+    for a, b in zip(found, wanted, strict=True):
         assert a.dtype == np.float64
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", ["blocks", "tiles", "ragged"])
+@pytest.mark.parametrize("activation", ["silu", "swiglu"])
+def test_experts_in_bfloat16_are_every_expert_in_float32(rng, backend, activation):
+    """Rounded are two or three products, each step of the activation, the share, and all of their gradients, but no sum
+    after each of its blocks."""
+    off = experts_off(rng, backend, activation, jnp.bfloat16, (150, 0, 5, 445), 32, 48, block=8)
+    assert off.max() < roundings(12), off
+
+
+def test_an_expert_without_rows_takes_no_part(rng):
+    """Its weights are not read: what is not a number, times 0, would show."""
+    weights = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), make_weights(rng, 4, 8, 12))
+    x, cotangent = (jnp.asarray(a, jnp.float32) for a in rng.standard_normal((2, 24, 8)))
+    arrays = jnp.ones(24), jnp.asarray([9, 0, 15, 0], jnp.int32), cotangent, "blocks", "silu", 4
+    poisoned = jax.tree.map(lambda w: w.at[jnp.asarray([1, 3])].set(jnp.nan), weights)
+    for found, wanted in zip(experts(x, poisoned, *arrays), experts(x, weights, *arrays), strict=True):
+        np.testing.assert_array_equal(found, wanted)
 
 
 def test_dropout_in_an_expert_is_the_same_draw_forward_and_backward(rng):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from research import optimizer, sharding
+from tests.precision import in_tensor_float
 from tests.small import relative, small_config
 
 
@@ -30,6 +31,48 @@ def test_each_matrix_of_a_stack_is_orthogonalised_on_its_own(rng, one_device, sh
         assert singular.min() > 0.6 and singular.max() < 1.3
         u, _, vt = np.linalg.svd(matrix, full_matrices=False)
         assert np.trace(got.T @ (u @ vt)) > 0.7 * min(shape[1:])  # near U V^T, not any orthogonal matrix
+
+
+def hard_matrix(rng, rows, cols, decades):
+    """Gaussian; or the product of two such with a scale between them that falls by so many decades, as singular values
+    then do at least."""
+    x = rng.standard_normal((rows, cols))
+    if decades:
+        x = rng.standard_normal((rows, rows)) @ (np.logspace(0, -decades, rows)[:, None] * x)
+    return x.astype(np.float32)
+
+
+def furthest(found, wanted):
+    """The spectral norm of their difference [R, C], R <= C: no singular value is further off."""
+    error = np.asarray(found, np.float64) - wanted
+    return np.sqrt(np.linalg.eigvalsh(error @ error.T)[-1])
+
+
+# Ten bits behind the point: an operand is off by 2^-11 of itself at most if rounded, by 2^-10 if cut off. That gives
+# 0.013 and 0.021 at most, as five maps of the matrix itself do; five of the Gram matrix in a row 0.17; bfloat16 0.13.
+TENSOR_FLOAT = 0.025
+
+
+@pytest.mark.parametrize("decades", [0, 4])
+@pytest.mark.parametrize("shape", [(384, 384), (384, 1536)])
+def test_tensor_cores_orthogonalise_as_float32_does(rng, shape, decades):
+    """At JAX's default precision an NVIDIA GPU multiplies in TF32: still no singular value is far off."""
+    matrix = hard_matrix(rng, *shape, decades)
+    wanted = newton_schulz(matrix.astype(np.float64))
+    off = lambda run: furthest(jax.jit(run)(matrix[None])[0], wanted)  # noqa: E731
+    assert off(optimizer.newton_schulz) < 1e-4
+    for cut in (False, True):
+        assert off(in_tensor_float(optimizer.newton_schulz, cut)) < TENSOR_FLOAT
+
+
+def test_products_are_taken_as_tensor_cores_take_them():
+    """1 + 2^-10 is a number of TF32 and 1 + 3 * 2^-12 is not; a product that asks for more precision has it."""
+    x = np.float32([[1 + 2**-10, 1 + 3 * 2**-12]])
+    run = lambda x: jax.jit(lambda x: (x @ np.eye(2, dtype=np.float32)) + 0)(x)  # noqa: E731
+    for cut, second in ((True, 1), (False, 1 + 2**-10)):
+        assert in_tensor_float(run, cut)(x).tolist() == [[1 + 2**-10, second]]
+        with jax.default_matmul_precision("highest"):
+            assert in_tensor_float(run, cut)(x).tolist() == x.tolist()
 
 
 SHAPES = {

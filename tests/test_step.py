@@ -1,6 +1,7 @@
 """The training step: one outcome whatever the mesh or the accumulation; what is compiled; what is counted."""
 
 import functools
+import math
 import re
 
 import jax
@@ -8,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import balanced
+from configs import long_seq
 from research import optimizer, sharding, step
 from research.model import ModelConfig, MoETransformer
+from tests import programs
 from tests.small import bigger, model_config, random_batch, relative, small_config
 
 
@@ -117,17 +119,32 @@ def test_metrics_are_of_the_batch_before_the_update(rng):
     assert float(metrics["balance_loss"]) == pytest.approx(float(metrics["router"]["balance"].sum()), rel=1e-5)
 
 
-def test_no_array_of_all_logits_or_all_scores_in_a_step(rng):
-    """B=4, T=32, V=61, H=4: neither [B, T, V] nor [B, H, T, T] in any shape is in the compiled step."""
-    mesh, init, run = make_step(attention="chunked")
+ROWS, LENGTH, HEADS, VOCAB = 4, 128, 4, 521
+ALL_LOGITS, ALL_SCORES = ROWS * LENGTH * VOCAB, ROWS * HEADS * LENGTH**2
+
+
+def compiled(**changes):
+    """The text of a step of ROWS x LENGTH."""
+    mesh, init, run = make_step(vocab_size=VOCAB, num_heads=HEADS, **changes)
     with jax.set_mesh(mesh):
-        batch = {k: jax.ShapeDtypeStruct((1, 4, 32), jnp.int32) for k in ("inputs", "targets")}
-        real = jax.jit(init)()
-        put = sharding.put_batch({k: np.zeros(x.shape, np.int32) for k, x in batch.items()}, mesh)
-        text = run.lower(real, put).compile().as_text()
-    for shape in ("[4,32,61]", "[128,61]", "[1,4,32,61]", "[4,4,32,32]", "[16,32,32]"):
-        assert shape not in text, shape
-    assert "[16,61]" in text  # one chunk's logits
+        tokens = jax.ShapeDtypeStruct(
+            (1, ROWS, LENGTH), jnp.int32, sharding=jax.NamedSharding(mesh, jax.P(None, *sharding.TOKENS))
+        )
+        return run.lower(jax.eval_shape(init), dict(inputs=tokens, targets=tokens)).compile().as_text()
+
+
+def test_no_array_of_all_logits_or_all_scores_in_a_step():
+    """Nothing in the compiled step has a quarter of the elements of [B, T, V] or of [B, H, T, T], in whatever shape."""
+    text = compiled(attention="chunked")
+    assert (16, VOCAB) in programs.shapes(text)  # one chunk's logits
+    assert programs.largest(text)[0] < min(ALL_LOGITS, ALL_SCORES) / 4, programs.largest(text)
+
+
+def test_all_logits_and_all_scores_are_seen_where_they_are():
+    """With attention that keeps its scores, and one chunk of all tokens."""
+    found = programs.shapes(compiled(attention="xla", loss_chunk=ROWS * LENGTH))
+    assert any(math.prod(shape) >= ALL_LOGITS for shape in found if VOCAB in shape)
+    assert any(math.prod(shape) >= ALL_SCORES for shape in found if VOCAB not in shape)
 
 
 @pytest.mark.parametrize("activation", ["silu", "swiglu"])
@@ -189,19 +206,34 @@ def test_steps_draw_different_noise_and_the_same_seed_the_same():
     assert first[0] != first[1]
 
 
-@pytest.mark.parametrize(("platform", "experts"), [("cuda", "tiles"), ("tpu", "ragged")])
-def test_the_step_of_an_accelerator_is_lowered_without_one(platform, experts, one_device):
-    """The published model as an accelerator runs it: bfloat16, its experts, dropout; no [B, T, V] logits."""
-    config = balanced.get_config("published")
-    config.model.update(dict(moe=experts, attention="chunked", num_layers=2))
-    model = MoETransformer(ModelConfig(**config.model, fsdp=False))
-    rule = optimizer.make_optimizer(config.optimizer, 100)
-    run = step.make_train_step(model, rule, optimizer.make_schedule(config.optimizer, 0.03, 100))
-    tokens = jax.ShapeDtypeStruct(
-        (1, config.batch_size, config.seq_len), jnp.int32,
-        sharding=jax.NamedSharding(one_device, jax.P(None, *sharding.TOKENS)),
-    )  # fmt: skip
-    state = jax.eval_shape(lambda: step.init_state(model, rule, 0, (1, 1, 1)))
-    lowered = run.trace(state, dict(inputs=tokens, targets=tokens)).lower(lowering_platforms=(platform,)).as_text()
-    assert ("ragged_dot" in lowered) == (experts == "ragged") and "bf16" in lowered
-    assert f"{config.batch_size}x{config.seq_len}x{config.model.vocab_size}x" not in lowered
+ATTENTION_KERNELS = {"flash_forward", "flash_backward_keys", "flash_backward_queries"}
+TILE_KERNELS, LOSS_KERNELS = {"_product_kernel", "_gradient_kernel"}, {"_exps_kernel", "_exps_again_kernel"}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("kind", "platform", "kernels"),
+    [("NVIDIA H200", "cuda", ATTENTION_KERNELS | TILE_KERNELS | LOSS_KERNELS), ("TPU v5e", "tpu", set())],
+)
+def test_the_step_of_an_accelerator_is_lowered_without_one(kind, platform, kernels, dropout):
+    """The published model as an accelerator runs it, forward and backward: bfloat16, its own experts, and all of our
+    kernels; no array as large as [B, T, V] or [B, H, T, T]."""
+    config = long_seq.get_config("published")
+    config.model.dropout = dropout
+    if platform == "cuda":  # without dropout it is cuDNN's, which is lowered only where cuDNN is
+        config.model.attention = "flash"
+    mesh = programs.absent(kind, platform)
+    with jax.sharding.use_abstract_mesh(mesh):
+        model = MoETransformer(ModelConfig(**config.model, fsdp=False))
+        rule = optimizer.make_optimizer(config.optimizer, 100)
+        run = step.make_train_step(model, rule, optimizer.make_schedule(config.optimizer, 0.03, 100))
+        tokens = jax.ShapeDtypeStruct(
+            (1, config.batch_size, config.seq_len), jnp.int32,
+            sharding=jax.NamedSharding(mesh, jax.P(None, *sharding.TOKENS)),
+        )  # fmt: skip
+        state = jax.eval_shape(lambda: step.init_state(model, rule, 0, (1, 1, 1)))
+        lowered = run.trace(state, dict(inputs=tokens, targets=tokens)).lower(lowering_platforms=(platform,)).as_text()
+    assert programs.kernels(lowered) == kernels
+    assert ("ragged_dot" in lowered) == (platform == "tpu") and "bf16" in lowered
+    tokens, heads = config.batch_size * config.seq_len, config.model.num_heads
+    assert programs.largest(lowered)[0] < tokens * min(config.model.vocab_size, heads * config.seq_len)

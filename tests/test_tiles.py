@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from research import grouped, tile_kernels, tiles
 from research.model import make_expert
+from tests.precision import ROUNDING, roundings
 from tests.small import relative
 
 
@@ -34,7 +35,7 @@ def test_a_fifth_of_the_places_are_empty_at_most(num_rows, experts, block):
     assert rows == block or num_rows < 8 * experts * block  # and no smaller than that asks for
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, roundings(12))])
 @pytest.mark.parametrize("activation", ["silu", "swiglu"])
 def test_tiles_are_blocks_of_each_expert_in_float64(rng, dtype, tolerance, activation):
     """Values and gradients; the numbers that float64 sees are those of the lower precision."""
@@ -60,14 +61,19 @@ def test_tiles_are_blocks_of_each_expert_in_float64(rng, dtype, tolerance, activ
         assert relative(np.asarray(a, np.float64), b) < tolerance
 
 
-def test_empty_places_take_no_part(rng):
-    """What an expert makes of zeros (here 1) reaches no row and no gradient."""
+@pytest.mark.parametrize("made_of_zeros", [1.0, jnp.nan])
+def test_empty_places_take_no_part(rng, made_of_zeros):
+    """What an expert makes of zeros reaches no row and no gradient."""
     x = jnp.asarray(rng.standard_normal((40, 8)), jnp.float32)
     weights = jnp.asarray(rng.standard_normal((3, 8, 8)), jnp.float32)
     sizes = jnp.asarray([17, 1, 22], jnp.int32)
 
     def outcome(backend):
-        expert = lambda x, w, multiply, key, share: multiply(jnp.cos(x), w)  # noqa: E731
+        def expert(x, w, multiply, key, share):
+            if np.isfinite(made_of_zeros):
+                return multiply(jnp.cos(x), w)
+            return multiply(x, w) + jnp.where((x == 0).all(axis=-1, keepdims=True), made_of_zeros, 0)
+
         run = lambda x, w: grouped.apply_experts(expert, x, w, sizes, backend=backend, block=8)  # noqa: E731
         out, vjp = jax.vjp(run, x, weights)
         return out, vjp(jnp.ones_like(out))
@@ -103,13 +109,16 @@ def test_products_are_of_tiles_and_not_of_every_expert_with_every_row():
     seed=st.integers(0, 99),
 )
 def test_kernels_are_the_products_of_tiles_in_float64(owners, rows, width, hidden, seed):
-    """Interpreted, in blocks small enough that there are several of each: y, dx and dw, experts without tiles too."""
+    """Interpreted, in blocks small enough that there are several of each: y, dx and dw, experts without tiles too.
+    Tiles of nobody's, and weights of experts without a tile, are not read: they are no numbers here."""
     draw = np.random.default_rng(seed).standard_normal
     x, w, dy = (
         jnp.asarray(draw(shape), jnp.bfloat16)
         for shape in ((len(owners), rows, width), (4, width, hidden), (len(owners), rows, hidden))
     )
     owner = jnp.asarray(owners, jnp.int32)
+    x, dy = (jnp.where(owner[:, None, None] < 4, a, jnp.nan) for a in (x, dy))
+    w = jnp.where(jnp.isin(jnp.arange(4), owner)[:, None, None], w, jnp.nan)
     options = dict(blocks=tile_kernels.Blocks(32, 32, 16, warps=4, stages=2), interpret=True)
     found = (
         tile_kernels.product(x, w, owner, **options),
@@ -123,17 +132,17 @@ def test_kernels_are_the_products_of_tiles_in_float64(owners, rows, width, hidde
             y[tile], dx[tile] = x[tile] @ w[expert], dy[tile] @ w[expert].T
             dw[expert] += x[tile].T @ dy[tile]
     for a, b in zip(found, (y, dx, dw), strict=True):
-        assert a.dtype == jnp.bfloat16 and relative(a, b) < 3e-3
+        assert a.dtype == jnp.bfloat16 and relative(a, b) < 1.1 * ROUNDING  # of the result alone
         assert not np.any(np.asarray(a, np.float64)[b == 0])  # nobody's tiles, and experts without a tile
 
 
 def test_experts_on_kernels_are_experts_on_einsum(rng, monkeypatch):
-    """Through `multiply` and its own gradient, as a GPU runs it."""
+    """Through `multiply` and its own gradient, as a GPU runs it: against float32, of the same numbers."""
     sizes = jnp.asarray([40, 0, 71, 17], jnp.int32)
     shapes = dict(x=(128, 32), up=(4, 32, 48), down=(4, 32, 48), cotangent=(128, 32))
     arrays = {name: jnp.asarray(rng.standard_normal(shape) / 4, jnp.bfloat16) for name, shape in shapes.items()}
 
-    def outcome():
+    def outcome(arrays):
         def run(x, weights):
             return grouped.apply_experts(make_expert("silu", 0.0), x, weights, sizes, backend="tiles", block=16)
 
@@ -144,7 +153,7 @@ def test_experts_on_kernels_are_experts_on_einsum(rng, monkeypatch):
         return jax.jit(both)(arrays)
 
     monkeypatch.setattr(tiles, "tile_rows", lambda *_: 16)  # more than so few rows ask for
-    wanted = outcome()
+    wanted = outcome(jax.tree.map(lambda a: a.astype(jnp.float32), arrays))
     used = []
     for name in ("product", "gradient"):
         kernel = getattr(tile_kernels, name)
@@ -155,10 +164,10 @@ def test_experts_on_kernels_are_experts_on_einsum(rng, monkeypatch):
 
         monkeypatch.setattr(tile_kernels, name, interpreted)
     monkeypatch.setattr(tile_kernels, "_platform", lambda: "gpu")
-    found = outcome()
+    found = outcome(arrays)
     assert sorted(used) == ["gradient"] * 2 + ["product"] * 5  # one is traced for its operand alone, and dropped
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        assert a.dtype == b.dtype and relative(a, b) < 1e-2
+        assert a.dtype == jnp.bfloat16 and relative(a, b) < roundings(12)
 
 
 @pytest.mark.parametrize(
