@@ -149,6 +149,14 @@ def test_parts_add_up_to_the_whole(tmp_path, here):
     assert found["activations"] > 0 and found["logits"] >= 0
 
 
+def test_no_part_is_less_than_nothing(tmp_path, here, monkeypatch):
+    """Where half the rows take less than half, as rows that divide better do."""
+    totals = {4: 2**20, 8: 2**22}
+    monkeypatch.setitem(programs.KINDS, "train", lambda config, _: memory.Usage(totals[config.batch_size], 0, 0, 0))
+    found = parts.parts(config_of(batch_size=8, **{"data.cache_dir": str(tmp_path)}), programs.Programs(here))
+    assert min(found.values()) >= 0 and sum(found.values()) == 2**22
+
+
 def points_of(a, b, c, noise=0.0, seed=0):
     rng = np.random.default_rng(seed)
     shapes = [(batch, length) for length in (256, 512, 1024, 2048) for batch in (2, 4, 8)]

@@ -29,7 +29,7 @@ def parts(config: Any, programs: Programs) -> dict[str, int]:
 
     logits = 2 * saved(model__loss_chunk=max(1, config.model.loss_chunk // 2))
     scores = _scores(config, programs, saved)
-    growing = _growing(config, programs, total)
+    growing = min(_growing(config, programs, total), total - sum(state.values()))  # where rows divide better at half
     fixed = total - growing - sum(state.values())
     chunked_logits = config.model.loss_chunk < config.batch_size * config.seq_len
     fixed -= logits if chunked_logits else 0
