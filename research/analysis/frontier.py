@@ -92,11 +92,6 @@ class Cell:
     def tokens(self) -> int:
         return self.batch * self.seq_len
 
-    def overrides(self) -> str:
-        """Arguments that make a run of it."""
-        fields = dict(batch_size=self.batch, seq_len=self.seq_len) | self.choice
-        return " ".join(f"--config.{name}={value}".replace("True", "true") for name, value in fields.items())
-
 
 def frontier(
     config: Any, budget: int, lengths: Sequence[int], choices: Sequence[dict[str, Any]], programs: Programs
