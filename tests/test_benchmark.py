@@ -149,7 +149,7 @@ def test_a_contestant_in_another_process_takes_the_same_steps_and_its_mistakes_c
 
 def test_every_published_result_can_still_be_shown(capsys):
     """Those of before parts had bytes, and rows a peer's memory."""
-    files = sorted((benchmark.ROOT / "experiments/results/benchmark").glob("*.json"))
+    files = sorted((benchmark.ROOT / "experiments/results/benchmark").rglob("*.json"))
     for file in files:
         content = json.loads(file.read_text())
         show(content)
