@@ -15,7 +15,7 @@ STRATEGIES = ("large_batch", "balanced", "long_seq")
 class Scale:
     """What the stages of a study need beside the strategies' own config files.
 
-    `shapes`: (rows, tokens a row) of each of STRATEGIES, unequal tokens a step; `equal_shapes`: equal ones.
+    `shapes`: (rows, tokens per row) of each of STRATEGIES, unequal tokens per step; `equal_shapes`: equal ones.
     The small corpus of the leaking stages is config.data.max_tokens, their passes follow from config.train.steps.
     """
 
@@ -38,7 +38,7 @@ _SHORT = {
 SCALES = {
     "cpu": Scale(
         config="cpu",
-        shapes=((52, 128), (13, 512), (3, 2048)),  # 6,656, 6,656 and 6,144 tokens a step
+        shapes=((52, 128), (13, 512), (3, 2048)),  # 6,656, 6,656 and 6,144 tokens per step
         equal_shapes=((48, 128), (12, 512), (3, 2048)),
         seeds=(43, 44, 45),
         max_rates=6,

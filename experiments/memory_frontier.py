@@ -62,7 +62,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--config", default="configs/balanced.py:cpu", help="FILE:SCALE (default %(default)s)")
     parser.add_argument("--budget", default="", help="of one device, such as 24GiB")
     parser.add_argument(
-        "--lengths", default="", help="tokens a row, such as 256,1024,4096; the config's own if not given"
+        "--lengths", default="", help="tokens per row, such as 256,1024,4096; the config's own if not given"
     )
     parser.add_argument("--remat", default="none,block,full", help="a list (default %(default)s)")
     parser.add_argument(

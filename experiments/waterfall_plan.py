@@ -45,7 +45,7 @@ STAGES = (
         "same targets", "documents", "shared", "windows of its own length -> the same targets and context; same runs"
     ),
     Stage("one epoch", "one_epoch", "shared", "many passes over a small text -> as many steps, at most one of a large"),
-    Stage("equal tokens", "equal", "shared", "unequal -> equal tokens a step"),
+    Stage("equal tokens", "equal", "shared", "unequal -> equal tokens per step"),
     Stage("best rates", "equal", "shared", "one learning rate -> each strategy's best of a grid", "best"),
     Stage("seeds", "equal", "shared", "the one seed, which chose the rates -> several others", "best", "evaluation"),
 )

@@ -36,7 +36,7 @@ class Scores:
     def of(
         cls, nll: np.ndarray, right: np.ndarray, ids: np.ndarray, token_bytes: np.ndarray, suite: "evaluate.Suite"
     ) -> "Scores":
-        """Sums over counts: loss in nats a token, perplexity, accuracy, bits per byte of the targets' text."""
+        """Sums over counts: loss in nats per token, perplexity, accuracy, bits per byte of the targets' text."""
         total, num_bytes = float(nll.sum(dtype=np.float64)), int(token_bytes[ids].sum())
         mean = total / len(nll)
         summary = dict(

@@ -23,7 +23,7 @@ def analysis(
     leaking=False,
     own=None,  # strategy -> (loss, accuracy) at its own length
     early=1.0,  # how far curves are apart at half of the tokens, in parts of the final differences
-    gain=0.1,  # nats a token that every strategy gains from its context
+    gain=0.1,  # nats per token that every strategy gains from its context
     beyond=0.05,  # that the longest rows gain from more context than all share
     full=None,  # losses with all the context that each was trained at
     diversity=-0.4,

@@ -259,7 +259,7 @@ def test_places_are_drawn_without_bands_where_windows_are_of_one_text():
 def test_the_paragraph_says_what_the_numbers_say():
     text = findings.paragraph(analysed("independent", "paired", "recall"))
     assert "large_batch has the lowest loss" in text and "below long_seq [" in text
-    assert "Of the difference of -0.7" in text and "context" in text and "diversity" in text
+    assert "Of the difference of -0.7" in text and "row length" in text and "diversity" in text
     assert "is not seen, neither" in text
     assert "Recalled at distances of 512 to 1,023 tokens (chance 3.1%" in text
     assert "in windows of the trained length: large_batch 2% (" in text and "long_seq 100% (" in text

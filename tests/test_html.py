@@ -97,8 +97,8 @@ def test_both_reports_have_the_same_parts_tables_and_verdicts_in_one_order():
     titles = re.findall(r"^## (.*)$", text(), re.M)
     found = Elements(page()).elements
     assert [markup.slug(title) for title in titles] == [a["id"] for tag, a in found if tag == "section"]
-    wanted = ["What was run", "Findings", "On the same held-out tokens", "The article's claims, one by one"]
-    wanted += ["What context is worth", "Five budgets", "Context or diversity?", "How far back can it recall?"]
+    wanted = ["What was run", "Findings", "On the same held-out tokens", "The original's claims, one by one"]
+    wanted += ["What context is worth", "Five budgets", "Row length or diversity?", "How far back can it recall?"]
     wanted += ["What a step costs", "The original's table, and ours", "What the words mean"]
     assert [title for title in titles if title in wanted] == wanted
     tables = re.findall(r"^\|(?: --- \|)+$", text(), re.M)

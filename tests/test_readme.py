@@ -1,5 +1,6 @@
-"""The README is true: its examples run, and it names every field."""
+"""The README is true: its examples run, and it names every field with its value."""
 
+import functools
 import re
 from pathlib import Path
 
@@ -49,9 +50,31 @@ def fields(config: ConfigDict, path: str = "config") -> list[str]:
     return found
 
 
-def test_every_field_is_in_the_readme():
-    for name in fields(base.get_config("cpu")):
-        assert f"`{name.removeprefix('config.')}`" in README, name
+def table() -> dict[str, tuple[str, str]]:
+    """What the table of fields says: field -> (value at cpu, value at published; "" where that is the same)."""
+    section = README.split("## Every field")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `([\w.]*\w)` \|([^|]*)\|([^|]*)\|[^|]*\|$", section, flags=re.M)
+    return {name: (cpu.strip(), published.strip()) for name, cpu, published in rows}
+
+
+def as_written(value) -> str:
+    """A field's value as the table writes it."""
+    if value is None:
+        return "unset"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return f"{value[0]}, {value[1]}, ..., {value[-1]}"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def test_the_table_names_every_field_with_its_value_at_both_scales():
+    configs = [load_config(f"{ROOT}/configs/balanced.py:{scale}") for scale in ("cpu", "published")]
+    names = [name.removeprefix("config.") for name in fields(configs[0])]
+    assert sorted(table()) == sorted(names)
+    for name, said in table().items():
+        cpu, published = (as_written(functools.reduce(getattr, name.split("."), config)) for config in configs)
+        assert said == (cpu, "" if published == cpu else published), name
 
 
 def test_files_that_the_readme_names_are_there():

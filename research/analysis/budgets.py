@@ -46,7 +46,7 @@ def step_seconds(arm: Arm) -> float:
 
 
 def _curve(arm: Arm, axis: str, context: int) -> dict[str, Any]:
-    """The evaluations of each of `seeds`: x on the axis, y in nats a token."""
+    """The evaluations of each of `seeds`: x on the axis, y in nats per token."""
     scale = step_seconds(arm) if axis == "seconds" else 1
     name = "step" if axis == "seconds" else axis
     points = [_evaluations(run, name, context) for run in arm.runs]
@@ -153,9 +153,10 @@ def _equal_table(found: dict[str, Any]) -> Table:
         winner = next(iter(entry["losses"]), unknown)
         rows.append((f"equal {LABELS[entry['budget']]}", shown(entry["budget"], entry["at"]), *cells, winner))
     note = (
-        f"Held-out loss at context {found['context']}, nats a token: mean over seeds [lowest, highest seed]. Read off "
-        "the evaluations by linear interpolation. Memory is that of the compiled step; it counts as equal where all "
-        "strategies need the same to within 5 %. Train seconds: steps times the median step of the least disturbed run."
+        f"Held-out loss at context {found['context']}, nats per token: mean over seeds [lowest, highest seed]. Read "
+        "off the evaluations by linear interpolation. Memory is that of the compiled step; it counts as equal where "
+        "all strategies need the same to within 5 %. Train seconds: steps times the median step of the least "
+        "disturbed run."
     )
     if any(row[-1] == "not measured" for row in rows):
         note += " Not measured: one is evaluated later for the first time."

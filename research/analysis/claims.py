@@ -1,4 +1,4 @@
-"""A verdict for every claim of the article that this project answers, in its order, each by a rule over the numbers.
+"""A verdict for every claim of the original that this project answers, in its order, each by a rule over the numbers.
 
 A rule is a function of the analysis (comparison.py) that gives a verdict and the numbers behind it. Where the numbers
 are absent, or do not decide, the verdict is `not tested`, with what would tell. Nothing is taken from elsewhere.

@@ -1,4 +1,4 @@
-"""Claims about the size of the batch by itself, which strategies of equal tokens a step cannot decide: what would."""
+"""Claims about the size of the batch by itself, which strategies of equal tokens per step cannot decide: what would."""
 
 from research.analysis import evidence
 from research.analysis.evidence import UNTESTED, Analysis, Judged, arms

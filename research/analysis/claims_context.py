@@ -38,7 +38,7 @@ def _gains_beyond(analysis: Analysis) -> tuple[bool | None, str]:
     change = evidence.turned(gain | {"a": "", "b": ""})
     text = (
         f"On text, {gain['to']:,} tokens of context instead of {gain['from']:,} change the loss of {name} by "
-        f"{evidence.said(change)} nats a token{_effective(analysis, name)}."
+        f"{evidence.said(change)} nats per token{_effective(analysis, name)}."
     )
     if gain["low"] is None:
         return None, text
@@ -75,7 +75,7 @@ def understands_context(analysis: Analysis) -> Judged:
     verdict = evidence.judge([answer for answer, _ in answers.values()])
     if main is None and verdict != CONDITIONS:
         verdict = CONDITIONS if verdict == HOLDS else UNTESTED
-    text = f"Each with all the context it was trained at, in nats a token. {' '.join(texts)}"
+    text = f"Each with all the context it was trained at, in nats per token. {' '.join(texts)}"
     if verdict != HOLDS and (little := evidence.little_context(analysis)):
         return UNTESTED, f"{text} {little}"
     return verdict, text + (" Undecided: more seeds or tokens would tell." if verdict == UNTESTED else "")
@@ -168,7 +168,7 @@ def worth_it(analysis: Analysis) -> Judged:
     reached, reach_text = _at_full_reach(analysis, "independent")
     known, context = list(arms(analysis)), evidence.shared_context(analysis)
     gaps = [evidence.gap(analysis, known[-1], other, context) for other in known[:-1]]
-    text = f"{recall_text} On text, each with all its context, in nats a token: {reach_text or 'not compared'}. "
+    text = f"{recall_text} On text, each with all its context, in nats per token: {reach_text or 'not compared'}. "
     text += f"The price at context {context}: {evidence.against(gaps)}. No application was tried."
     if evidence.extreme(gaps, 1) is False:
         return UNTESTED, f"{text} The longest rows do not have the highest loss: there is no price to weigh."
@@ -189,7 +189,7 @@ def promise(analysis: Analysis) -> Judged:
     won = evidence.extreme(gaps, -1)
     recalled, recall_text = claims_recall.further(analysis)
     gained, gain_text = _gains_beyond(analysis)
-    text = f"At context {context}, in nats a token: {evidence.against(gaps)}. {recall_text} {gain_text}"
+    text = f"At context {context}, in nats per token: {evidence.against(gaps)}. {recall_text} {gain_text}"
     if won is None:
         return UNTESTED, text
     if won:

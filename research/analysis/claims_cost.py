@@ -41,7 +41,7 @@ def memory_of_length(analysis: Analysis) -> Judged:
     short, long = found[0], found[-1]
     factor = _a_doubling(short, long, measure, long["seq_len"] / short["seq_len"])
     text = (
-        f"At equal tokens a step, rows {long['seq_len'] / short['seq_len']:g} times as long take "
+        f"At equal tokens per step, rows {long['seq_len'] / short['seq_len']:g} times as long take "
         f"{_ratio(short, long, measure):.3f} times the memory ({MEASURES[measure]}: {_sizes(found, measure)}): "
         f"{factor:.2f} times a doubling. With the same number of rows a doubling would take {factor:.2f} to "
         f"{2 * factor:.2f} times, where 4 is claimed."
@@ -58,9 +58,9 @@ def memory_of_short(analysis: Analysis) -> Judged:
     if missing := evidence.unfinished(analysis) or evidence.one_length(analysis):
         return UNTESTED, missing
     if measure is None or not _equal_tokens(found):
-        return UNTESTED, "Memory at equal tokens a step is not known of every strategy."
+        return UNTESTED, "Memory at equal tokens per step is not known of every strategy."
     ratio = _ratio(found[0], found[-1], measure)
-    text = f"At equal tokens a step the {MEASURES[measure]} takes {_sizes(found, measure)}"
+    text = f"At equal tokens per step the {MEASURES[measure]} takes {_sizes(found, measure)}"
     if ratio > 1 + SAME:
         return HOLDS, f"{text}: the longest rows take {ratio:.2f} times that of the shortest."
     if ratio < 1 - SAME:
@@ -144,7 +144,7 @@ def _batch_not_varied(analysis: Analysis) -> str:
         return "No run is finished."
     if _equal_tokens(found) and len({arm["seq_len"] for arm in found}) > 1:
         return (
-            f"The batch is not varied: every strategy takes {found[0]['tokens_per_step']:,} tokens a step, cut into "
+            f"The batch is not varied: every strategy takes {found[0]['tokens_per_step']:,} tokens per step, cut into "
             "rows of other lengths (as the original's did, nearly)."
         )
     return "No two strategies differ in their number of rows alone."
@@ -187,7 +187,7 @@ def _tokens(found: Sequence[Arm]) -> str:
 def _tokens_a_step(analysis: Analysis) -> str:
     found = list(arms(analysis).values())
     return (
-        f" All take {found[0]['tokens_per_step']:,} tokens a step."
+        f" All take {found[0]['tokens_per_step']:,} tokens per step."
         if _equal_tokens(found)
         else " Tokens a step differ."
     )

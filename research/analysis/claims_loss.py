@@ -38,7 +38,7 @@ def _placed(analysis: Analysis, strategy: str, sign: int, word: str) -> Judged:
     verdict, main = evidence.judge(list(answers.values())), answers["independent order"]
     if main is None and verdict != CONDITIONS:  # decided elsewhere alone
         verdict = CONDITIONS if verdict == HOLDS else UNTESTED
-    text = f"At context {context}, in nats a token: {evidence.against(found['independent'])}."
+    text = f"At context {context}, in nats per token: {evidence.against(found['independent'])}."
     for answer, said in ((True, f"It is {word}"), (False, f"It is not {word}"), (None, "Undecided")):
         if places := [name for name, given in answers.items() if given is answer]:
             text += f" {said}: {listed(places)}."
@@ -107,7 +107,7 @@ def falls_fastest(analysis: Analysis) -> Judged:
         ours = losses.pop("large_batch").values()
         sides = [evidence.apart(ours, other.values()) for other in losses.values()]
         answers.append(False if False in sides else None if None in sides else True)
-    text = f"Loss at context {analysis['budgets']['context']}, {'; '.join(parts)} nats a token."
+    text = f"Loss at context {analysis['budgets']['context']}, {'; '.join(parts)} nats per token."
     text += "".join(f" {sentence}" for sentence in (_reaches(curves, name) for name in curves) if sentence)
     if evidence.judge(answers) == UNTESTED:
         text += f" Not every seed agrees, or fewer than {evidence.MIN_SEEDS} are measured."
@@ -171,7 +171,7 @@ def patterns_over_time(analysis: Analysis) -> Judged:
         )
     below = [e for e in analysis["budgets"]["crossings"] if e["axis"] == "tokens" and long in (e["a"], e["b"])]
     context = analysis["budgets"]["context"]
-    text = f"At context {context}, in nats a token [95 %, seeds]: {'; '.join(parts)} of the {end:,.0f} tokens."
+    text = f"At context {context}, in nats per token [95 %, seeds]: {'; '.join(parts)} of the {end:,.0f} tokens."
     text += f" Its curve crosses another {len(below)} times." if below else " Its curve crosses no other."
     verdict = evidence.judge(answers)
     if verdict == HOLDS and not all(answers + ahead):
@@ -212,7 +212,7 @@ def memorised(analysis: Analysis) -> Judged:
     spread = f"{min(losses):.3f} to {max(losses):.3f} nats and {min(accuracies):.1%} to {max(accuracies):.1%}"
     floors = ", ".join(f"{row.strategy} {row.loss:.4f} (floor {row.floor:.4f})" for row in ORIGINAL)
     text = (
-        f"The original's losses, LEAKING: {floors}. At most {worst / np.log(2):.2f} bits a token, they are less than "
+        f"The original's losses, LEAKING: {floors}. At most {worst / np.log(2):.2f} bits per token, they are less than "
         f"the lowest estimate for English, {SHANNON} bits a character (a token is one or more): they measure "
         "memorisation."
     )
@@ -235,7 +235,7 @@ def more_in_a_row(analysis: Analysis) -> Judged:
     short, long = known[0], known[-1]
     text = (
         f"A row of {long} holds more tokens; a step does not. At context {context} and equal tokens, many places of "
-        f"the corpus instead of few change the loss of {short} against {long} by {evidence.said(entry)} nats a token."
+        f"the corpus instead of few change the loss of {short} against {long} by {evidence.said(entry)} nats per token."
     )
     if entry["low"] is None or entry["low"] <= 0 <= entry["high"]:
         return CONDITIONS, f"{text} That is not shown to be anything: more a row, the same a token."

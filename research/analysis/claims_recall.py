@@ -99,6 +99,6 @@ def _beyond_on_text(analysis: Analysis) -> str:
         return ""
     last, far = max(within), max(beyond)
     return (
-        f"On text the loss of {name} is {curve[last]['mean']:.3f} nats a token at context {last:,}, the longest it was "
-        f"trained at, and {curve[far]['mean']:.3f} at {far:,} (raw model; a window that slides keeps the first)."
+        f"On text the loss of {name} is {curve[last]['mean']:.3f} nats per token at context {last:,}, the longest it "
+        f"was trained at, and {curve[far]['mean']:.3f} at {far:,} (raw model; a window that slides keeps the first)."
     )

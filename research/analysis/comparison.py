@@ -13,7 +13,7 @@ from research.analysis.statistics import holm, seeds_needed
 from research.analysis.study import Arm, Run, arms
 
 LEVEL = 0.05  # of a report's comparisons together, by Holm's correction
-RESOLUTIONS = (0.1, 0.03, 0.01)  # nats a token, of the power lines
+RESOLUTIONS = (0.1, 0.03, 0.01)  # nats per token, of the power lines
 _SEED = 0  # of the resampling: the same documents are drawn for every pair
 
 

@@ -1,6 +1,6 @@
 """What a model does with the tokens before a target: curves over contexts, and over places in window and document.
 
-All losses are of the same held-out targets, in nats a token; intervals are 95 % over seeds and documents
+All losses are of the same held-out targets, in nats per token; intervals are 95 % over seeds and documents
 (bootstrap.py). The raw model beyond its trained length meets rotary positions that it never saw; a sliding window
 shows it no more than fits, so its loss there is that of the longest context within the trained length.
 """
@@ -14,7 +14,7 @@ import numpy as np
 
 from research.analysis.bootstrap import MIN_DOCUMENTS, RESAMPLES, bootstrap_statistic, hierarchical_bootstrap
 
-TOLERANCE = 0.01  # nats a token: less than this is no help any more
+TOLERANCE = 0.01  # nats per token: less than this is no help any more
 ICL_PLACES = ((500, 50), (200, 20), (100, 10))  # late and early; the first is Olsson et al.'s (2022, arXiv:2209.11895)
 ICL_SPREAD = 8  # positions on either side that are averaged
 _SEED = 0  # of the resampling: the same documents are drawn everywhere
@@ -115,14 +115,14 @@ def _named(losses: Mapping[int, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def slope_per_doubling(means: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Nats a token gained a doubling of the context: minus the least-squares slope of L over log2 c. [R] -> [R]."""
+    """Nats per token gained a doubling of the context: minus the least-squares slope of L over log2 c. [R] -> [R]."""
     doublings = np.log2([int(context) for context in means])
     centred = doublings - doublings.mean()
     return -np.tensordot(centred, np.stack(list(means.values())), 1) / (centred @ centred)
 
 
 def effective_context(means: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The shortest context from which no longer one gains more than TOLERANCE nats a token. [R] -> [R], tokens.
+    """The shortest context from which no longer one gains more than TOLERANCE nats per token. [R] -> [R], tokens.
 
     The longest of the grid is its own answer where the loss still falls there: the value is censored.
     """

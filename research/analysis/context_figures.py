@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from research.analysis.style import INK, legend, name_of, note
+from research.analysis.style import INK, legend, name_of, note, trained_length
 
 Styles = Mapping[str, dict[str, Any]]
 
@@ -33,7 +33,7 @@ def curves_figure(analysis: dict[str, Any], styles: Styles) -> Figure:
         right.axhline(0, color=styles[reference]["color"], linewidth=1.6)
         right.set_title(f"Difference from {reference} (raw models)")
         right.set_ylabel("loss difference (nats/token)")
-    left.set_title("Loss on the same held-out targets (independent order)")
+    left.set_title("Loss on the same targets (independent order)")
     left.set_ylabel("loss (nats/token)")
     for axes in (left, right):
         _context_axis(axes, [c["context"] for c in entries[0]["curve"]], arms, styles)
@@ -71,10 +71,7 @@ def _context_axis(axes: Axes, contexts: Sequence[int], arms: Sequence[dict], sty
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel("context before each target (tokens, log scale)")
     for arm in arms:
-        color = styles[arm["strategy"]]["color"]
-        axes.axvline(arm["seq_len"], ymax=0.04, color=color, linewidth=2.2)
-        place = dict(xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=8.5, color=color)
-        axes.annotate(f"T={arm['seq_len']}", (arm["seq_len"], 0.045), **place)
+        trained_length(axes, arm["seq_len"], styles[arm["strategy"]]["color"])
 
 
 PLACES = {"window": "In windows of the trained length", "place": "In the document"}

@@ -43,9 +43,9 @@ def _use(found: list[dict[str, Any]]) -> Table:
             )
         )
     note = (
-        f"Nats a token [{sampled(len(e['seeds']) for e in found)}]; a gain is loss with the shorter context minus loss "
-        "with the longer. "
-        f"Effective context: the shortest from which no longer one gains more than {TOLERANCE} nats a token; ≥ where "
+        f"Nats per token [{sampled(len(e['seeds']) for e in found)}]; a gain is loss with the shorter context minus "
+        "loss with the longer. "
+        f"Effective context: the shortest from which no longer one gains more than {TOLERANCE} nats per token; ≥ where "
         "that is the longest that was scored within the trained length."
     )
     columns = ("strategy", "order", "T", "gain a doubling", "context", "gain", "effective context")
@@ -69,7 +69,7 @@ def _early_and_late(found: list[dict[str, Any]]) -> list[Table]:
     windows = sampled(len(entry["seeds"]) for entry in found).replace("documents", "windows")
     note = (
         "In-context-learning score (Olsson et al. 2022, arXiv:2209.11895): loss around one position of a window less "
-        f"loss around an earlier one, in nats a token [{windows}]; negative: the model predicts better "
+        f"loss around an earlier one, in nats per token [{windows}]; negative: the model predicts better "
         "later. Of other targets for each place, so with wide intervals. –: longer than the window."
     )
     if any(i["low"] is None for entry in found for i in entry["icl"]):

@@ -1,8 +1,8 @@
-"""Why strategies differ: for the context that rows have, or for the places of the corpus that a step comes from.
+"""Why strategies differ: for the length of their rows, or for the places of the corpus that a step comes from.
 
 Under paired order each step of every strategy sees the same tokens, cut differently: what differs is the effect of
-context. Under independent order rows come from places of their own, so short rows also make a step of more of them:
-the rest of the difference is the effect of diversity.
+the rows' length alone. Under independent order rows come from places of their own, so short rows also make a
+step of more of them: the rest of the difference is the effect of diversity.
 """
 
 import itertools
@@ -16,12 +16,12 @@ from research.analysis.context import interval
 from research.analysis.page import Section, Table
 from research.analysis.study import Arm
 
-PARTS = ("total", "context", "diversity")
+PARTS = ("total", "length", "diversity")
 _SEED = 0
 
 
 def analyse(independent: Sequence[Arm], paired: Sequence[Arm], shared: Sequence[int]) -> list[dict[str, Any]]:
-    """For each pair of strategies and shared context (`at`, tokens): total = context + diversity, with intervals.
+    """For each pair of strategies and shared context (`at`, tokens): total = length + diversity, with intervals.
 
     Over the seeds that both strategies have in both orders. Empty where a study has no paired runs; without pairs whose
     steps or runs are not of as many tokens: steps of theirs never see the same ones.
@@ -60,10 +60,10 @@ def _statistic(part: str, a: str, b: str):
     def total(means):
         return means[f"{a} independent"] - means[f"{b} independent"]
 
-    def context(means):
+    def length(means):
         return means[f"{a} paired"] - means[f"{b} paired"]
 
-    return dict(total=total, context=context, diversity=lambda means: total(means) - context(means))[part]
+    return dict(total=total, length=length, diversity=lambda means: total(means) - length(means))[part]
 
 
 def section(analysis: dict[str, Any]) -> Section | None:
@@ -71,17 +71,17 @@ def section(analysis: dict[str, Any]) -> Section | None:
     if not entries:
         return None
     rows = tuple((f"{e['at']:,}", f"{e['a']} - {e['b']}", *(signed(e[part]) for part in PARTS)) for e in entries)
-    columns = ("context", "difference", "total", "of which: context", "of which: diversity")
+    columns = ("context", "difference", "total", "of which: row length", "of which: diversity")
     note = (
-        f"Nats a token [{sampled(len(e['seeds']) for e in entries)}]. Total: under independent order. Context: under "
-        "paired order, where each step of both sees the same tokens. Diversity: the rest."
+        f"Nats per token [{sampled(len(e['seeds']) for e in entries)}]. Total: under independent order. Row length: "
+        "under paired order, where each step of both sees the same tokens. Diversity: the rest."
     )
     text = (
-        "Short rows differ from long ones in two ways at once: they show less context, and a step of them comes from "
-        "more places of the corpus. Training again in an order that gives every strategy the very same tokens at each "
-        "step takes the second away."
+        "Short rows differ from long ones in two ways at once: they are shorter, so that a token has less before it, "
+        "and a step of them comes from more places of the corpus. Training again in an order that gives every "
+        "strategy the very same tokens at each step takes the second away."
     )
-    return Section("Context or diversity?", text, (Table(columns, rows, note),))
+    return Section("Row length or diversity?", text, (Table(columns, rows, note),))
 
 
 def sampled(seeds: Iterable[int]) -> str:

@@ -139,7 +139,7 @@ def little_context(analysis: Analysis) -> str | None:
     gains = [entry["gains"][-1]["mean"] for entry in entries if entry["gains"]]
     if not gains or max(gains) >= LITTLE:
         return None
-    return f"No strategy gains {LITTLE} nats a token from context after so few tokens: longer training would tell."
+    return f"No strategy gains {LITTLE} nats per token from context after so few tokens: longer training would tell."
 
 
 def rows_alone(analysis: Analysis) -> list[tuple[Arm, Arm]]:

@@ -8,21 +8,21 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator, PercentFormatter
 
 from research.analysis import context_figures
 from research.analysis.page import Picture
-from research.analysis.style import FAINT, INK, LOOK, legend, name_of, save, styles_of
+from research.analysis.style import FAINT, INK, LOOK, legend, name_of, save, styles_of, trained_length
 
 Styles = Mapping[str, dict[str, Any]]
 ALTS = {
     "curves": "Held-out loss of the same targets by context, and its difference between strategies",
     "budgets": "Held-out loss against tokens, FLOPs and train seconds",
-    "decomposition": "Differences between strategies, split into context and diversity",
+    "decomposition": "Differences between strategies, split into row length and diversity",
     "places": "Loss by place in the window and in the document",
     "matrix": "Held-out loss by trained length and context at evaluation",
     "recall": "Accuracy on the recall task by distance",
-    "costs": "Step time, tokens a second and memory",
+    "costs": "Step time, tokens per second and memory",
 }
 
 
@@ -99,19 +99,25 @@ def decomposition_figure(analysis: dict[str, Any]) -> Figure:
     """For each pair, at the longest shared context: the total difference, and its parts, with 95 % intervals."""
     at = max(entry["at"] for entry in analysis["decomposition"])
     entries = [entry for entry in analysis["decomposition"] if entry["at"] == at]
-    looks = {"total": (INK, "o"), "context": ("#0072B2", "s"), "diversity": ("#D55E00", "^")}
+    looks = {  # colours that no strategy has
+        "total": ("total", INK, "o"),
+        "length": ("row length", "#7A4EA3", "s"),
+        "diversity": ("diversity of places", "#9A7200", "^"),
+    }
     figure = Figure(figsize=(9.6, 1.7 + 0.75 * len(entries)), layout="constrained")
     axes = figure.subplots()
     for row, entry in enumerate(entries):
-        for offset, (part, (color, marker)) in zip((-0.24, 0, 0.24), looks.items(), strict=True):
-            value, label = entry[part], part if row == 0 else None
+        for offset, (part, (name, color, marker)) in zip((-0.24, 0, 0.24), looks.items(), strict=True):
+            value, label = entry[part], name if row == 0 else None
             if value["low"] is not None:
                 axes.plot([value["low"], value["high"]], [row + offset] * 2, color=color, linewidth=2.4, alpha=0.5)
             axes.plot(value["mean"], row + offset, marker, color=color, label=label, markersize=8, linestyle="none")
-            at_end = value["mean"] if value["high"] is None else value["high"]
+            better = value["mean"] < 0  # the number stands on the side away from zero
+            end = value["low" if better else "high"]
             box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
             text = dict(textcoords="offset points", va="center", fontsize=9, color=color, bbox=box)
-            axes.annotate(f"{value['mean']:+.2f}", (at_end, row + offset), (6, 0), **text)
+            text |= dict(xytext=(-6, 0), ha="right") if better else dict(xytext=(6, 0))
+            axes.annotate(f"{value['mean']:+.2f}", (value["mean"] if end is None else end, row + offset), **text)
     axes.axvline(0, color=FAINT, linewidth=1.2)
     axes.set_yticks(range(len(entries)), [f"{entry['a']}\nminus {entry['b']}" for entry in entries])
     axes.set_ylim(len(entries) - 0.5, -0.5)
@@ -119,7 +125,9 @@ def decomposition_figure(analysis: dict[str, Any]) -> Figure:
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel(f"difference in held-out loss at context {at} (nats/token); negative: the first is better")
-    legend(figure, axes, "total = context (paired order: the same tokens a step) + diversity (the rest);  bars: 95 %")
+    legend(
+        figure, axes, "total = row length (paired order: the same tokens per step) + diversity (the rest);  bars: 95 %"
+    )
     return figure
 
 
@@ -142,27 +150,31 @@ def recall_figure(analysis: dict[str, Any], styles: Styles) -> Figure:
             if len(seeds) == 1:
                 edges = [[b[end] for b in entry[suite]] for end in ("low", "high")]
                 axes.fill_between(middle, *edges, color=style["color"], alpha=0.15, lw=0)
-            axes.axvline(entry["seq_len"], ymax=0.04, color=style["color"], linewidth=2.2)
+            trained_length(axes, entry["seq_len"], style["color"])
         axes.axhline(analysis["recall"][0]["chance"], color=FAINT, linestyle=":", linewidth=1.5)
         axes.set_xscale("log", base=2)
         bins = analysis["recall"][0][suite]
-        axes.xaxis.set_major_locator(FixedLocator([*(b["from"] for b in bins), bins[-1]["to"] + 1]))
+        middle = [(b["from"] * (b["to"] + 1)) ** 0.5 for b in bins]
+        axes.set_xlim(bins[0]["from"] / 1.1, (bins[-1]["to"] + 1) * 1.25)
+        axes.set_xticks(middle, [f"{b['from']}–{b['to']}" for b in bins])
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_major_formatter(PercentFormatter(1))
-        axes.set_ylim(-0.03, 1.03)
+        axes.set_ylim(-0.12, 1.03)
         axes.set_xlabel("tokens since the key was last said (log scale)")
         axes.set_title(title)
+    chance = analysis["recall"][0]["chance"]
+    place = dict(xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=9, color="#666666")
+    panels[0].annotate(f"chance {chance:.0%}", (0, chance), (5, 3), **place)
     panels[0].set_ylabel("answers that are right")
     several = any(len(entry["seeds"]) > 1 for entry in analysis["recall"])
     marks = "thin: single seeds, bold: their mean" if several else "bands: 95 % (Wilson)"
-    note = f"{marks};  dotted: chance;  ticks at the foot: trained lengths"
+    note = f"{marks};  T: trained length"
     legend(figure, panels[0], note)
     return figure
 
 
 def costs_figure(analysis: dict[str, Any], styles: Styles) -> Figure:
-    """Median step time with its 10th to 90th percentile, tokens a second, and memory."""
+    """Median step time with its 10th to 90th percentile, tokens per second, and memory."""
     arms = [arm for arm in analysis["arms"] if arm["setting"] == "independent"]
     figure = Figure(figsize=(9.6, 1.3 + 0.65 * len(arms)), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)

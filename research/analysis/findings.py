@@ -7,7 +7,7 @@ from research.analysis import budgets, recall
 from research.analysis.comparison import difference_of
 from research.analysis.original import RANKING
 
-LITTLE = 0.05  # nats a token: a gain from context below it is next to none
+LITTLE = 0.05  # nats per token: a gain from context below it is next to none
 
 
 def paragraph(analysis: dict[str, Any]) -> str:
@@ -51,7 +51,7 @@ def same_targets(analysis: dict[str, Any]) -> list[str]:
             shown.append(f"{abs(found['mean']):.3f} {where} {other['strategy']} [{low:.3f}, {high:.3f}]")
     text = (
         f"On the same held-out targets with {context} tokens before each, {best['strategy']} has the lowest loss, "
-        f"{best['contexts'][context]['mean']:.3f} nats a token"
+        f"{best['contexts'][context]['mean']:.3f} nats per token"
     )
     if shown:
         text += ": " + listed(shown)
@@ -63,15 +63,16 @@ def same_targets(analysis: dict[str, Any]) -> list[str]:
 
 
 def why(analysis: dict[str, Any]) -> list[str]:
-    """How much of the largest difference is context, and how much diversity."""
+    """How much of the largest difference is the rows' length, and how much diversity."""
     entries = [e for e in analysis["decomposition"] if e["at"] == analysis["shared_contexts"][-1]]
     if not entries:
         return []
     largest = max(entries, key=lambda e: abs(e["total"]["mean"]))
-    parts = [f"{part} {largest[part]['mean']:+.3f} {_interval(largest[part])}" for part in ("context", "diversity")]
+    named = {"length": "row length", "diversity": "diversity"}
+    parts = [f"{name} {largest[part]['mean']:+.3f} {_interval(largest[part])}" for part, name in named.items()]
     total = f"{largest['total']['mean']:+.3f} {_interval(largest['total'])}"
     pair = f"{largest['a']} and {largest['b']}"
-    return [f"Of the difference of {total} between {pair}, {parts[0]} and {parts[1]} (nats a token)."]
+    return [f"Of the difference of {total} between {pair}, {parts[0]} and {parts[1]} (nats per token)."]
 
 
 def more_context(analysis: dict[str, Any]) -> list[str]:
@@ -93,8 +94,8 @@ def more_context(analysis: dict[str, Any]) -> list[str]:
     most = max(gain["mean"] for entry in independent for gain in entry["gains"][-1:])
     if most < LITTLE:
         sentences.append(
-            f"No strategy gains {LITTLE} nats a token from context: with so little training none has learnt to use it, "
-            "and what long rows are for is not tested."
+            f"No strategy gains {LITTLE} nats per token from context: with so little training none has learnt to use "
+            "it, and what long rows are for is not tested."
         )
     return sentences
 

@@ -19,7 +19,7 @@ from research.data import heldout
 
 GROWTH = 64  # times the largest batch that is known to fit: no guess goes further
 SECANTS = 10  # measurements; memory that is so far from affine is halved instead
-GUESS = 1 << 15  # tokens a step, where nothing is known
+GUESS = 1 << 15  # tokens per step, where nothing is known
 LIMIT = 1 << 20  # units of a batch: no one trains with more
 
 
@@ -120,7 +120,7 @@ def plan(
     def measure(units: int) -> int:
         usage = programs.usage(with_fields(config, dict(batch_size=units * unit)))
         if usage.limit and budget > usage.limit:  # else what is refused could fit the budget
-            message = f"{programs.target.name} has {sizes.show(usage.limit)} a device; give no more"
+            message = f"{programs.target.name} has {sizes.show(usage.limit)} per device; give no more"
             raise ConfigError(field, sizes.show(budget), message)
         return usage.total
 
@@ -163,7 +163,7 @@ def over_in_evaluation(config: Any, budget: int, programs: Programs) -> ConfigEr
     for length in dict.fromkeys((config.seq_len, heldout.longest_window(config))):
         needed = programs.usage(with_fields(config, dict(seq_len=length)), "eval").total
         if needed > budget:
-            message = f"scoring windows of {length} alone needs {sizes.show(needed)} of {sizes.show(budget)} a device"
+            message = f"scoring windows of {length} alone needs {sizes.show(needed)} of {sizes.show(budget)} per device"
             message += "; lower it, or the largest of config.eval.contexts"
             return ConfigError("config.eval.batch_tokens", config.eval.batch_tokens, message)
     return None

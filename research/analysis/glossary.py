@@ -6,7 +6,7 @@ TERMS: tuple[tuple[str, str], ...] = (
     ("Strategy", "How a step's tokens are cut: B rows of T tokens. B x T is held equal, or named under Not equal."),
     (
         "Loss at context c",
-        "Mean of -log p, in nats a token (perplexity is e to it), over held-out target tokens. The targets are the "
+        "Mean of -log p, in nats per token (perplexity is e to it), over held-out target tokens. The targets are the "
         "same for every strategy; each is predicted from c to 1.25 c tokens of its document before it.",
     ),
     (
@@ -31,7 +31,7 @@ TERMS: tuple[tuple[str, str], ...] = (
     ),
     (
         "Effective context",
-        f"The shortest context from which no longer one takes more than {TOLERANCE} nats a token off the loss.",
+        f"The shortest context from which no longer one takes more than {TOLERANCE} nats per token off the loss.",
     ),
     (
         "Independent and paired order",
@@ -39,9 +39,10 @@ TERMS: tuple[tuple[str, str], ...] = (
         "strategy sees the very same tokens, cut differently.",
     ),
     (
-        "Context and diversity",
+        "Row length and diversity",
         "The two parts of a difference between strategies: what is left under paired order is the effect of the "
-        "context in a row; the rest is that of the number of places a step comes from.",
+        "rows' length; the rest is that of the number of places that a step comes from (diversity). Both models are "
+        "scored with the same context.",
     ),
     ("Unigram entropy", "The loss of knowing only how often each token occurs. A model above it has learnt nothing."),
     (

@@ -12,10 +12,10 @@ from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator
 
 from research.analysis import memory_report
 from research.analysis.original import ORIGINAL
-from research.analysis.style import FAINT, INK, LOOK, save, styles_of
+from research.analysis.style import FAINT, INK, LOOK, covered, save, styles_of
 
 ALTS = {
-    "frontier": "The largest batch that fits against the length, and the tokens a step along it",
+    "frontier": "The largest batch that fits against the length, and the tokens per step along it",
     "law": "Memory of a step against its length, at fixed batch and at equal tokens",
     "check": "Measured against predicted memory of real steps",
 }
@@ -40,7 +40,7 @@ def draw(plan: dict[str, Any], checked: Sequence[dict[str, Any]], folder: Path) 
 
 
 def frontier_figure(plan: dict[str, Any]) -> Figure:
-    """Left: batch against length on log scales, one curve a choice, and lines of equal tokens. Right: tokens a step."""
+    """Left: batch against length on log scales, one curve per choice; lines of equal tokens. Right: tokens per step."""
     shared = memory_report.shared([cell["choice"] for cell in plan["cells"]])
     curves: dict[str, list[dict[str, Any]]] = {}
     for cell in plan["cells"]:
@@ -57,7 +57,9 @@ def frontier_figure(plan: dict[str, Any]) -> Figure:
     lengths = sorted({cell["seq_len"] for cell in plan["cells"]})
     if plan["scale"] == "published":
         theirs = [o for o in ORIGINAL if o.seq_len in lengths]
-        mark = dict(marker="*", color=INK, markersize=13, linestyle="none", label="original, by trial and error")
+        mark = dict(
+            marker="*", color=INK, markersize=13, linestyle="none", label="original, by trial and error (20 to 22 GB)"
+        )
         left.plot([o.seq_len for o in theirs], [o.batch_size for o in theirs], **mark)
         right.plot([o.seq_len for o in theirs], [o.batch_size * o.seq_len for o in theirs], **mark)
     for axes in (left, right):
@@ -69,12 +71,13 @@ def frontier_figure(plan: dict[str, Any]) -> Figure:
     left.set_ylabel("largest batch that fits (sequences)")
     right.set_ylim(bottom=0)
     right.yaxis.set_major_formatter(EngFormatter(sep=""))
-    right.set_ylabel("tokens a step")
+    right.set_ylabel("tokens per step")
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)), handlelength=3.4)
     held = f", {memory_report.label(shared)}" if shared and len(curves) > 1 else ""
+    under = covered({name: [cell["tokens"] for cell in cells] for name, cells in curves.items()})
     figure.supxlabel(
-        f"{plan['budget']} a device{held}, compiled for {plan['target']};  grey: equal tokens a step",
+        f"{plan['budget']} per device{held}, compiled for {plan['target']};  grey: equal tokens per step{under}",
         fontsize=9,
         color="#666666",
     )
@@ -88,7 +91,7 @@ def _name(choice: dict[str, Any], shared: dict[str, Any]) -> str:
 
 
 def _equal_tokens(axes: Axes, lengths: Sequence[int]) -> None:
-    """Pale lines of equal tokens a step, each written where it leaves the panel on the left."""
+    """Pale lines of equal tokens per step, each written where it leaves the panel on the left."""
     low, high = axes.get_ylim()
     left, right = axes.get_xlim()
     axes.set_autoscale_on(False)
@@ -108,11 +111,11 @@ def _length_axis(axes: Axes, lengths: Sequence[int]) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_xlim(min(lengths) / 1.3, max(lengths) * 1.3)
-    axes.set_xlabel("length (tokens a row, log scale)")
+    axes.set_xlabel("length (tokens per row, log scale)")
 
 
 def law_figure(plan: dict[str, Any]) -> Figure:
-    """Memory against length at a fixed batch, and at equal tokens a step: points are programs, lines the fitted law."""
+    """Memory against length at a fixed batch, and at equal tokens per step: points are programs, lines the law."""
     figure = Figure(figsize=(9.6, 4.1), layout="constrained")
     panels = figure.subplots(1, 2)
     styles = styles_of([law["attention"] for law in plan["law"]])
@@ -127,24 +130,31 @@ def law_figure(plan: dict[str, Any]) -> Figure:
         for axes, keys, title in zip(
             panels,
             (fixed, equal),
-            (f"Fixed batch ({batches[0]} rows)", f"Equal tokens ({tokens:,} a step)"),
+            (f"Fixed batch ({batches[0]} rows)", f"Equal tokens ({tokens:,} per step)"),
             strict=True,
         ):
             x = np.geomspace(keys[0][1], keys[-1][1], 60)
             rows = np.full_like(x, batches[0]) if keys is fixed else tokens / x
-            axes.plot(x, (a + b * rows * x + c * rows * x**2) / GIB, color=style["color"], linestyle=style["linestyle"])
-            axes.plot([k[1] for k in keys], [points[k] / GIB for k in keys], style["marker"], color=style["color"],
-                      markeredgecolor="white")  # fmt: skip
+            axes.plot(x, (a + b * rows * x + c * rows * x**2) / GIB, **style | {"marker": ""})
+            axes.plot(
+                [k[1] for k in keys],
+                [points[k] / GIB for k in keys],
+                markeredgecolor="white",
+                **style | {"linestyle": "none"},
+            )
             axes.plot([], [], label=law["attention"], markeredgecolor="white", **style)
             _length_axis(axes, [k[1] for k in keys])
             axes.set_title(title)
             axes.set_ylim(bottom=0)
-            axes.set_ylabel("memory of a step (GiB a device)")
+            axes.set_ylabel("memory of a step (GiB per device)")
     handles, labels = panels[0].get_legend_handles_labels()
     names = [f"attention {label}" for label in labels]
+    under = covered({law["attention"]: [point["amount"] for point in law["points"]] for law in plan["law"]})
     figure.legend(handles, names, loc="outside upper center", ncols=len(labels), handlelength=3.4)
     figure.supxlabel(
-        f"compiled for {plan['target']};  points: programs, lines: a + b B T + c B T²", fontsize=9, color="#666666"
+        f"compiled for {plan['target']};  points: programs, lines: a + b B T + c B T²{under}",
+        fontsize=9,
+        color="#666666",
     )
     return figure
 

@@ -22,7 +22,7 @@ CLOSE = 0.1  # a ratio within 10 % of what the claim says agrees with it
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A step: rows, tokens a row, and what it takes of one device (bytes, or FLOPs)."""
+    """A step: rows, tokens per row, and what it takes of one device (bytes, or FLOPs)."""
 
     batch: int
     seq_len: int

@@ -113,7 +113,7 @@ def heading(plan: dict[str, Any]) -> str:
     )
     scratch = ", and the scratch of CPU kernels" if plan["target"].startswith("CPU") else ""
     return (
-        f"# Memory frontier: what fits {plan['budget']} a device\n\n"
+        f"# Memory frontier: what fits {plan['budget']} per device\n\n"
         f"`{shlex.join(plan['command'])}`\n\n"
         f"Programs compiled for **{plan['target']}** ({versions}). {here} Bytes are of one device, from the compiled "
         f"programs: arguments + outputs + temporaries - aliased{scratch}; nothing was allocated. A batch fits if its "
@@ -124,7 +124,7 @@ def heading(plan: dict[str, Any]) -> str:
 def frontier_table(plan: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """(columns, rows), a row a cell."""
     published = plan["scale"] == "published"
-    columns = ["length", "choice", "largest batch", "tokens a step", "step", "one more", "evaluation", "state"]
+    columns = ["length", "choice", "largest batch", "tokens per step", "step", "one more", "evaluation", "state"]
     rows = []
     for cell in plan["cells"]:
         batch = (

@@ -132,7 +132,7 @@ def _compared(found: Sequence[Run]) -> tuple[list[str], list[str]]:
     checks: tuple[tuple[str, Callable[[Run], str]], ...] = (
         ("protocol", lambda r: r["result"]["protocol"]),
         ("tokens", lambda r: f"{r['result']['tokens']:,}"),
-        ("tokens a step", lambda r: f"{r['result']['tokens_per_step']:,}"),
+        ("tokens per step", lambda r: f"{r['result']['tokens_per_step']:,}"),
         ("passes over the text", lambda r: f"{r['result']['tokens'] / r['result']['train_tokens']:.2f}"),
         ("parameters", _parameters),
         ("optimiser", _optimizer),
@@ -185,7 +185,7 @@ def _value(config: Any, name: str) -> Any:
 
 def _parameters(run: Run) -> str:
     counts = run["result"]["parameters"]
-    return f"{counts['total']:,} ({counts['active']:,} active a token)"
+    return f"{counts['total']:,} ({counts['active']:,} active per token)"
 
 
 def _optimizer(run: Run) -> str:

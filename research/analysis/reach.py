@@ -76,7 +76,7 @@ def tables(analysis: dict[str, Any]) -> list[Table]:
     )
     note = (
         "The same targets, each strategy with all the context that it was trained at: what a reader of long documents "
-        f"would choose by. Nats a token [{sampled(e['seeds'] for e in pairs)}]; p after Holm's correction within "
+        f"would choose by. Nats per token [{sampled(e['seeds'] for e in pairs)}]; p after Holm's correction within "
         "an order."
     )
     return [Table(("order", "first", "second", "first minus second [95 %]", "p (Holm)", "lower loss"), rows, note)]

@@ -29,8 +29,8 @@ from research.files import write_json
 
 TITLE = "Batch or length?"
 QUESTION = (
-    "At the same number of tokens a step, should a training step hold more sequences or longer ones? Every strategy is "
-    "scored on the same held-out tokens, each predicted from the same number of tokens before it."
+    "At the same number of tokens per step, should a training step hold more sequences or longer ones? Every strategy "
+    "is scored on the same held-out tokens, each predicted from the same number of tokens before it."
 )
 
 
@@ -86,7 +86,7 @@ def parts(results: Mapping[str, Any], drawn: Mapping[str, Picture]) -> list[Part
         found.append(Part("On the same held-out tokens", _main_text(analysis), shown))
         found.append(_part(tables.differences(analysis)))
     verdicts = tuple(claims.verdicts(results))
-    found.append(Part("The article's claims, one by one", _claims_text(), verdicts=verdicts))
+    found.append(Part("The original's claims, one by one", _claims_text(), verdicts=verdicts))
     sections: list[Section | None] = [
         context_section.section(analysis, drawn),
         _with(budgets.section(analysis), drawn, "budgets"),
@@ -129,7 +129,7 @@ def _main_text(analysis: Mapping[str, Any]) -> str:
 
 def _claims_text() -> str:
     return (
-        "Each claim of the article that this project answers, in its order. The verdict is chosen by a rule over the "
+        "Each claim of the original that this project answers, in its order. The verdict is chosen by a rule over the "
         "numbers that stand beside it. `not tested` says that the numbers are absent or do not decide, and what would; "
         "it is not a no. What holds here holds at this scale, for this text and this many tokens."
     )

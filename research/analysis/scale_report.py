@@ -53,7 +53,7 @@ def heading(found: dict[str, Any]) -> str:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    columns = ["strategy", "devices", "mesh", "a device holds", "TFLOP: model + optimizer",
+    columns = ["strategy", "devices", "mesh", "each device holds", "TFLOP: model + optimizer",
                "sent: gradients + keys and values + optimizer"]  # fmt: skip
     columns += [f"{machine.name}: compute + send" for machine in MACHINES]
     lines = []

@@ -1,10 +1,11 @@
 """How every figure of a study looks: one colour, marker and line a strategy; a light frame."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -58,6 +59,13 @@ def styles_of(strategies: Sequence[str]) -> dict[str, dict[str, Any]]:
     return styles
 
 
+def covered(curves: Mapping[str, Sequence[float]]) -> str:
+    """What a note says of curves that one drawn later covers: those within 5 % of it everywhere. Empty: of none."""
+    *below, (top, values) = curves.items()
+    alike = [name for name, ys in below if len(ys) == len(values) and np.allclose(ys, values, rtol=0.05, atol=0)]
+    return f";  under {top}, within 5 %: {', '.join(alike)}" if alike else ""
+
+
 def legend(figure: Figure, axes: Axes, said: str, leaking: bool = False) -> None:
     """Above the panels, so that it covers no line; below them what the marks mean, and a leak."""
     handles, labels = axes.get_legend_handles_labels()
@@ -70,6 +78,13 @@ def note(figure: Figure, said: str, leaking: bool = False) -> None:
     """Below the panels."""
     warning = "LEAKING: these losses measure memorisation.\n" if leaking else ""
     figure.supxlabel(warning + said, fontsize=9, color="#B03A00" if leaking else "#666666")
+
+
+def trained_length(axes: Axes, seq_len: int, color: str) -> None:
+    """A mark and T=... at the foot of an axis of tokens."""
+    axes.axvline(seq_len, ymax=0.04, color=color, linewidth=2.2)
+    place = dict(xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=8.5, color=color)
+    axes.annotate(f"T={seq_len}", (seq_len, 0.045), **place)
 
 
 def name_of(arm: dict[str, Any]) -> str:

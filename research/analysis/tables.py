@@ -22,7 +22,7 @@ def main_table(analysis: dict[str, Any]) -> Table:
         rows.append((name, shape(arm), str(len(arm["seeds"])), *cells))
     some = analysis["arms"][0]
     note = (
-        f"Held-out loss in nats a token, mean ± standard deviation over seeds, of {some['targets']:,} targets in "
+        f"Held-out loss in nats per token, mean ± standard deviation over seeds, of {some['targets']:,} targets in "
         f"{some['documents']} documents. Unigram entropy: {some['unigram_entropy']:.3f}. –: longer than the strategy "
         "was trained at (see the curves)."
     )
@@ -43,9 +43,9 @@ def units_table(analysis: dict[str, Any]) -> Table:
             cells = [f"{loss:.3f}{mark}", f"{math.exp(loss):.2f}{mark}"]
             cells += ["–" if bits is None else f"{bits:.4f}{mark}", "–" if right is None else f"{right:.2%}{mark}"]
             rows.append((name, shape(arm), f"{context:,}", *cells))
-    columns = ("strategy", "B x T", "context", "nats a token", "perplexity", "bits a byte", "accuracy")
+    columns = ("strategy", "B x T", "context", "nats per token", "perplexity", "bits per byte", "accuracy")
     note = (
-        "Means over seeds (perplexity: e to the mean loss). Bits a byte do not depend on the tokenizer: they compare "
+        "Means over seeds (perplexity: e to the mean loss). Bits per byte do not depend on the tokenizer: they compare "
         "with other work on the same text."
     )
     if any("–" in row for row in rows):
@@ -77,11 +77,11 @@ def differences(analysis: dict[str, Any]) -> Section:
     tested = sum(d["p_holm"] is not None for d in analysis["differences"])
     drawn = "seeds and held-out documents" if max(d["seeds"] for d in analysis["differences"]) > 1 else "documents"
     note = (
-        "At the longest context that all share, and at the longest of the pair. Nats a token [95 %: "
+        "At the longest context that all share, and at the longest of the pair. Nats per token [95 %: "
         f"{drawn} resampled in pairs, each interval by itself]; p after Holm's correction over {tested} comparisons "
         f"of this table. Seeds of a pair: {seeds}; documents: {documents}."
     )
-    tables = [Table(("order", "context", "difference", "nats a token [95 %]", "p (Holm)", "lower loss"), rows, note)]
+    tables = [Table(("order", "context", "difference", "nats per token [95 %]", "p (Holm)", "lower loss"), rows, note)]
     if analysis["power"]:
         tables.append(_power(analysis["power"]))
     return Section("Differences", "", tuple(tables))
@@ -129,7 +129,7 @@ def context_section(analysis: dict[str, Any]) -> Section:
             )
         )
     note = (
-        "Nats a token [95 %]. Gain: loss at the shortest context less loss at the longest within the trained length. "
+        "Nats per token [95 %]. Gain: loss at the shortest context less loss at the longest within the trained length. "
         "Effective context: the shortest from which no longer one gains more than 0.01; ≥: the loss still falls at the "
         "longest. In-context learning: loss around a late place of a window less that around an early one (± 8 "
         "places; below zero: it learns inside the window); windows cross documents."
@@ -160,7 +160,7 @@ def costs(analysis: dict[str, Any]) -> Section:
         if arm["setting"] == analysis["arms"][0]["setting"]
     )
     columns = (
-        "strategy", "B x T", "step (p10 to p90)", "tokens/s", "MFLOP a token",
+        "strategy", "B x T", "step (p10 to p90)", "tokens/s", "MFLOP per token",
         "compiled step", "process peak", "device peak",
     )  # fmt: skip
     note = (
@@ -188,9 +188,9 @@ def original_section(analysis: dict[str, Any]) -> Section:
             rows.append((name, "original", shape_, loss, f"{row.floor:.4f}", accuracy, *costs_))
     columns = ("strategy", "experiment", "B x T", "val loss", "floor", "accuracy", "time", "tokens/s", "peak memory")
     note = (
-        "Losses in nats a token at each strategy's own length: not the same task for each, and not comparable between "
-        "the two experiments. The floor under a loss that leaks is (ln N - H(first token)) / T, with N windows: what "
-        "is left for a model that has memorised them all (for the original, H is assumed to be "
+        "Losses in nats per token at each strategy's own length: not the same task for each, and not comparable "
+        "between the two experiments. The floor under a loss that leaks is (ln N - H(first token)) / T, with N "
+        "windows: what is left for a model that has memorised them all (for the original, H is assumed to be "
         f"{original.FIRST_TOKEN_ENTROPY:g} nats). The original: 79 M parameters, {original.STEPS:,} steps at learning "
         f"rate {original.LEARNING_RATE}, windows of {original.CORPUS_TOKENS:,} tokens split at random, time with its "
         "validation. Ours: time of training alone."

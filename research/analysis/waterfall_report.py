@@ -43,7 +43,7 @@ def _facts_of(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         ("scale", found["scale"]),
         ("text", f"{found['corpus']}; {found['targets']:,} held-out targets in {found['documents']:,} documents"),
-        ("model", f"{counts['total']:,} parameters, {counts['active']:,} active a token"),
+        ("model", f"{counts['total']:,} parameters, {counts['active']:,} active per token"),
         ("runs", f"{found['runs']} in {found['seconds'] / 60:.0f} minutes"),
         ("device", str(found["device"])),
     ]
@@ -144,7 +144,7 @@ def _overview(found: Mapping[str, Any]) -> Table:
         "no difference shown (~)",
     )
     note = (
-        f"Nats a token. Intervals: bootstrap over {found['documents']:,} held-out documents, and over seeds where "
+        f"Nats per token. Intervals: bootstrap over {found['documents']:,} held-out documents, and over seeds where "
         "there are several; Holm over a stage's three pairs."
     )
     return Table(columns, tuple(rows), note)
@@ -168,8 +168,8 @@ def _stage_table(stage: Mapping[str, Any], found: Mapping[str, Any]) -> Table:
         rows.append((*_facts(row), loss, _interval(row["behind"]), str(row["rank"]), longest, *cells))
     seeds = f"{len(stage['pairs'][0]['seeds'])} seeds" if stage["pairs"] else "–"
     note = (
-        f"Nats a token on {found['targets']:,} held-out targets in {found['documents']:,} documents, the same for all; "
-        f"ranked by the loss with {stage['context']} tokens of context, the longest that fits in every strategy's "
+        f"Nats per token on {found['targets']:,} held-out targets in {found['documents']:,} documents, the same for "
+        f"all; ranked by the loss with {stage['context']} tokens of context, the longest that fits in every strategy's "
         "training length. "
     )
     if seeds != "1 seeds" and stage["pairs"]:
@@ -181,7 +181,7 @@ def _stage_table(stage: Mapping[str, Any], found: Mapping[str, Any]) -> Table:
     return Table(columns, tuple(rows), note + _missing(stage))
 
 
-_SHARED = ("strategy", "B x T", "tokens a step", "passes", "learning rate", "seeds")
+_SHARED = ("strategy", "B x T", "tokens per step", "passes", "learning rate", "seeds")
 
 
 def _facts(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -199,7 +199,7 @@ def _own_table(stage: Mapping[str, Any]) -> Table:
     leaking, mark = stage["leaking"], f" {LEAKING}" if stage["leaking"] else ""
     floor = ("floor", "above the floor") if leaking else ()  # beside the loss: it is not read without them
     columns = (*_SHARED, "loss at own length", *floor, "rank", "accuracy", "unigram entropy")
-    columns += ("nats a window",) if leaking else ()
+    columns += ("nats per window",) if leaking else ()
     rows = []
     for row in stage["rows"]:
         if row["loss"] is None:
@@ -211,7 +211,7 @@ def _own_table(stage: Mapping[str, Any]) -> Table:
         cells += [f"{row['nats_per_window']:.1f}"] if leaking else []
         rows.append((*_facts(row), *cells))
     note = (
-        "Nats a token in windows of each strategy's own length: not the same task for each, so no interval is given "
+        "Nats per token in windows of each strategy's own length: not the same task for each, so no interval is given "
         "for their differences. Passes: tokens drawn over tokens of the text."
     )
     if leaking:
@@ -241,11 +241,11 @@ def _differences(found: Mapping[str, Any]) -> Table:
         for pair in stage["pairs"]
     )
     note = (
-        "Nats a token on the same targets with the same context [95 %: held-out documents, and seeds where there are "
+        "Nats per token on the same targets with the same context [95 %: held-out documents, and seeds where there are "
         "several, resampled in pairs]; p after Holm's correction over the pairs of a stage. With one seed neither "
         "covers the choice of it."
     )
-    columns = ("stage", "name", "difference", "nats a token [95 %]", "p (Holm)", "lower loss", "seeds")
+    columns = ("stage", "name", "difference", "nats per token [95 %]", "p (Holm)", "lower loss", "seeds")
     return Table(columns, rows, note)
 
 
@@ -277,7 +277,7 @@ def _rates_table(rates: Mapping[str, Any]) -> Table:
             cell = "–" if entry is None else entry["status"] if entry["loss"] is None else _number(entry["loss"])
             cells.append(f"**{cell}**" if rate == found["best"] else cell)
         rows.append((strategy, *cells, "yes" if found["inside"] else "no"))
-    note = "Nats a token at the shared context, one run each. –: not tried."
+    note = "Nats per token at the shared context, one run each. –: not tried."
     return Table(("strategy", *(f"{rate:g}" for rate in columns), "optimum inside"), tuple(rows), note)
 
 
