@@ -209,7 +209,7 @@ def context_for_speed(analysis: Analysis) -> Judged:
     recalled, recall_text = claims_recall.further(analysis)
     gained, gain_text = _gains_beyond(analysis)
     given, slower = evidence.either([recalled, gained]), claims_cost.slowdown(analysis)
-    text = f"The longest rows take {slower:.2f} times the time a token of the shortest. {recall_text} {gain_text}"
+    text = f"The longest rows take {slower:.2f} times the time per token of the shortest. {recall_text} {gain_text}"
     if slower <= 1 + evidence.SAME:
         return FAILS, text
     if given is None:

@@ -199,7 +199,7 @@ def law_text(plan: dict[str, Any], drawn: set[str]) -> str:
 
 
 def _law_table(laws: Sequence[dict[str, Any]], unit: str) -> str:
-    columns = ["attention", "a (a step)", "b (a token)", "c (a pair of tokens)", "largest misfit"]
+    columns = ["attention", "a (per step)", "b (per token)", "c (per pair of tokens)", "largest misfit"]
     rows = [
         [law["attention"], *(_interval(law["fit"][name], unit) for name in "abc"), f"{law['fit']['misfit']:.1%}"]
         for law in laws
@@ -231,7 +231,7 @@ def check_text(checked: Sequence[dict[str, Any]], drawn: set[str], on_cpu: bool 
     """Predictions beside real steps; a run that failed is shown as such."""
     if not checked:
         return ""
-    columns = ["step", "choice", "predicted", "measured", "measured / predicted", "seconds a step"]
+    columns = ["step", "choice", "predicted", "measured", "measured / predicted", "seconds per step"]
     rows, errors = [], []
     for run in checked:
         predicted = "" if run["predicted"] is None else sizes.show(run["predicted"])

@@ -106,8 +106,8 @@ def _power(power: Sequence[dict[str, Any]]) -> Table:
         (p["setting"], f"{p['a']} - {p['b']}", f"{p['sd']:.4f}", *(f"{p['seeds'][d]:,}" for d in deltas)) for p in power
     )
     note = (
-        f"At context {power[0]['context']}. Seeds that a paired t test needs to find a difference of so many nats a "
-        "token with 80 % power at the 5 % level, from the spread over seeds of the paired difference seen here."
+        f"At context {power[0]['context']}. Seeds that a paired t test needs to find a difference of so many nats "
+        "per token with 80 % power at the 5 % level, from the spread over seeds of the paired difference seen here."
     )
     columns = ("order", "difference", "sd over seeds", *(f"seeds for {d} nats" for d in deltas))
     return Table(columns, rows, note)
