@@ -20,6 +20,7 @@ says so), or 1.
 import argparse
 import shlex
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -277,7 +278,8 @@ def _conclude(folder: Path, exit_codes: dict[str, int]) -> int:
     results = report.write(folder)
     unfinished = [run for run in results["runs"] if run["status"] != FINISHED]
     if results["analysis"]["arms"] or results["analysis"]["recall"]:
-        print("\n" + findings.paragraph(results["analysis"]))
+        found = findings.as_list(results["analysis"]).splitlines()
+        print("\n" + "\n".join(textwrap.fill(line, width=110, subsequent_indent="  ") for line in found))
     print(f"\n{folder / 'report.md'}\n{folder / 'report.html'}")
     for run in unfinished:
         print(f"{run['strategy']}-{run['setting']}-{run['seed']} {run['status']}", file=sys.stderr)

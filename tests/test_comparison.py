@@ -70,7 +70,7 @@ def test_a_pair_is_compared_where_all_of_both_orders_are(tmp_path):
     found = comparison.analyse(archive.collect(tmp_path, keys, lost))
     assert found["shared_contexts"] == [24, 48, 96]
     at = {d["context"] for d in found["differences"] if d["setting"] == "independent"}
-    assert at == {96, 384} and "balanced has the lowest loss" in findings.paragraph(found)
+    assert at == {96, 384} and "balanced has the lowest loss" in findings.as_list(found)
     assert "no difference" not in findings.same_targets(found)[0]
 
 
@@ -102,7 +102,7 @@ def test_equal_strategies_are_not_ranked():
     assert not any(d["shown"] for d in found["differences"])
     assert all(tables.verdict(d) != d["a"] and tables.verdict(d) != d["b"] for d in found["differences"])
     assert not any(r["shown"] for r in found["rankings"])
-    assert "no difference from" in findings.paragraph(found)
+    assert "no difference from" in findings.as_list(found)
 
 
 def test_beyond_the_trained_length_nothing_is_compared():
@@ -224,7 +224,7 @@ def test_leaking_losses_are_marked_and_have_floors(tmp_path):
     for arm in found["arms"]:
         windows = 2_900_000 - arm["seq_len"]
         assert arm["own"]["floor"] == pytest.approx((np.log(windows) - 6.6) / arm["seq_len"], abs=1e-6)
-    assert findings.paragraph(found).startswith("**LEAKING")
+    assert findings.as_list(found).startswith("- **LEAKING")
     ours = [row for row in tables.original_section(found).tables[0].rows if row[1] == "this study"]
     assert all("LEAKING" in row[3] and row[4] != "–" for row in ours)
     assert all("LEAKING" in cell for row in tables.main_table(found).rows for cell in row[3:] if cell != "–")
@@ -257,7 +257,7 @@ def test_places_are_drawn_without_bands_where_windows_are_of_one_text():
 
 
 def test_the_paragraph_says_what_the_numbers_say():
-    text = findings.paragraph(analysed("independent", "paired", "recall"))
+    text = findings.as_list(analysed("independent", "paired", "recall"))
     assert "large_batch has the lowest loss" in text and "below long_seq [" in text
     assert "Of the difference of -0.7" in text and "row length" in text and "diversity" in text
     assert "is not seen, neither" in text
@@ -271,11 +271,11 @@ def test_who_gains_from_context_is_asked_of_the_order_that_claims_are_judged_in(
     for entry in found["context"]:
         for gain in entry["gains"]:
             gain["mean"] = 0.01 if entry["setting"] == "independent" else 0.5
-    assert "No strategy gains" in findings.paragraph(found) and evidence.little_context(found)
+    assert "No strategy gains" in findings.as_list(found) and evidence.little_context(found)
     for entry in found["context"]:
         for gain in entry["gains"]:
             gain["mean"] = 0.5 if entry["setting"] == "independent" else 0.01
-    assert "No strategy gains" not in findings.paragraph(found) and not evidence.little_context(found)
+    assert "No strategy gains" not in findings.as_list(found) and not evidence.little_context(found)
 
 
 @pytest.mark.parametrize("first", ["large_batch", "long_seq"])
@@ -295,7 +295,7 @@ def test_the_ends_of_a_distance_rise_whoever_is_named_first(first):
 
 def test_paired_runs_alone_are_not_said_to_share_nothing():
     found = analysed("paired")
-    assert findings.paragraph(found).startswith("No run is in independent order")
+    assert findings.as_list(found).startswith("- No run is in independent order")
     assert all("one strategy alone" not in verdict.evidence for verdict in claims.verdicts({"analysis": found}))
 
 

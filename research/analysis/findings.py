@@ -1,4 +1,4 @@
-"""The paragraph of findings: each sentence is selected by the numbers of the analysis."""
+"""The findings of a study: each sentence is selected by the numbers of its analysis."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,14 +10,13 @@ from research.analysis.original import RANKING
 LITTLE = 0.05  # nats per token: a gain from context below it is next to none
 
 
-def paragraph(analysis: dict[str, Any]) -> str:
-    """What the numbers say, in the order in which a reader asks."""
-    leaking = [arm["strategy"] for arm in analysis["arms"] if arm["own"]["leaking"]]
-    sentences = []
-    if leaking:
-        sentences.append("**LEAKING: these losses measure memorisation, and so does what follows from them.**")
-    sentences += (
-        same_targets(analysis)
+def as_list(analysis: dict[str, Any]) -> str:
+    """What the numbers say, in the order in which a reader asks: a Markdown list, a sentence an item."""
+    leaking = any(arm["own"]["leaking"] for arm in analysis["arms"])
+    warning = "**LEAKING: these losses measure memorisation, and so does what follows from them.**"
+    sentences = (
+        [warning] * leaking
+        + same_targets(analysis)
         + why(analysis)
         + more_context(analysis)
         + scarce(analysis)
@@ -25,7 +24,7 @@ def paragraph(analysis: dict[str, Any]) -> str:
         + ranking(analysis)
         + unigram(analysis)
     )
-    return " ".join(sentences)
+    return "\n".join(f"- {sentence}" for sentence in sentences)
 
 
 def same_targets(analysis: dict[str, Any]) -> list[str]:

@@ -1,6 +1,5 @@
 """The report of a study: its data files are analysed into results.json; report.md and report.html are made of that."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -80,7 +79,7 @@ def parts(results: Mapping[str, Any], drawn: Mapping[str, Picture]) -> list[Part
     scored = bool(analysis["arms"])
     found = [Part("What was run", protocol.text(results), protocol.tables(results))]
     if scored or analysis["recall"]:
-        found.append(Part("Findings", _listed(findings.paragraph(analysis)), kind="findings"))
+        found.append(Part("Findings", findings.as_list(analysis), kind="findings"))
     if scored:
         shown = tables.main_table(analysis), tables.units_table(analysis)
         found.append(Part("On the same held-out tokens", _main_text(analysis), shown))
@@ -111,11 +110,6 @@ def _with(section: Section | None, drawn: Mapping[str, Picture], name: str) -> S
     if section is None or name not in drawn or any(picture.name == name for picture in section.pictures):
         return section
     return replace(section, pictures=(*section.pictures, drawn[name]))
-
-
-def _listed(paragraph: str) -> str:
-    """A paragraph's sentences as a list."""
-    return "\n".join(f"- {sentence}" for sentence in re.split(r"(?<=\.) (?=[A-Z*])", paragraph))
 
 
 def _main_text(analysis: Mapping[str, Any]) -> str:
