@@ -17,8 +17,8 @@
 # stop, and gets 25 seconds for it.
 # One GPU is used: CUDA_VISIBLE_DEVICES says which. Another card or commit gets another FOLDER: what is there is not made again.
 # FOLDER/cache holds corpora and compiled programs, and is worth keeping. What is to be committed is left in
-# FOLDER/checks.txt, FOLDER/benchmark-*.json, and the report folders in FOLDER/*; FOLDER/kept.tar.gz holds all but cache and
-# checkpoints. Unpacked elsewhere, finished runs are not run again, and `--report_only` makes the report of those there are.
+# FOLDER/checks.txt, FOLDER/benchmark-*.json, FOLDER/clocks.csv, and the report folders in FOLDER/*; FOLDER/kept.tar.gz
+# holds all but cache and checkpoints. Unpacked elsewhere, finished runs are not run again, and `--report_only` makes the report of those there are.
 # The README's published_h200.json, _swiglu and _profile are benchmark-original, -mixtral and -profile.json.
 set -euo pipefail
 wrong() { echo "error: $1; bash experiments/on_gpu.sh FOLDER [STAGE] BOOKS.jsonl.gz" >&2; exit 2; }
@@ -110,14 +110,30 @@ memory() {
             --lengths=256,1024,4096 --workdir="$folder/memory" || return
     limited "$python" -m experiments.memory_check --workdir="$folder/memory" --most=24GiB
 }
-published() { limited "$python" -m experiments.ablation "${original[@]}"; }
+published() { watched limited "$python" -m experiments.ablation "${original[@]}"; }
+watched() { # beside a command the card's clock, power and heat in clocks.csv: a step was seen to grow in 100 steps
+    local code=0
+    if command -v nvidia-smi >/dev/null; then
+        nvidia-smi --id="$CUDA_VISIBLE_DEVICES" --loop=1 --format=csv \
+            --query-gpu=timestamp,clocks.sm,power.draw,temperature.gpu >>"$folder/clocks.csv" 2>/dev/null &
+        watcher=$!
+    fi
+    "$@" || code=$?
+    unwatched
+    return $code
+}
+unwatched() {
+    [ -z "$watcher" ] || { kill "$watcher" && wait "$watcher"; } 2>/dev/null || true
+    watcher=""
+}
 study() { limited "$python" -m experiments.ablation "${clean[@]}"; }
 waterfall() { limited "$python" -m experiments.waterfall "${between[@]}"; }
 pack() {
     tar -C "$root" -czf "$root.tmp" --exclude=./cache --exclude=./traces --exclude=checkpoints --exclude=tb \
         --exclude=./kept.tar.gz . && mv "$root.tmp" "$root/kept.tar.gz"
 }
-trap 'pack || echo "kept.tar.gz was not made" >&2' EXIT
+watcher=""
+trap 'unwatched; pack || echo "kept.tar.gz was not made" >&2' EXIT
 
 failed=0
 if [ "$stage" = all ]; then

@@ -19,6 +19,7 @@ for argument; do case $argument in
     --out=*) echo {} > "${argument#--out=}" ;;
     --workdir=*) folder=${argument#--workdir=} ;;
 esac; done
+sleep "${TAKES:-0}"
 [[ -z ${FAILS:-} || $* != *$FAILS* ]] || exit "${CODE:-1}"
 [[ $* != *memory_frontier* ]] || { mkdir -p "$folder" && touch "$folder/frontier.json"; }
 """
@@ -109,6 +110,22 @@ def test_every_command_is_one_that_its_script_takes(run, monkeypatch, tmp_path):
     assert len(seen) == 5 and len(asked) == 10
     with pytest.raises(ConfigError):
         ablation.plan(ablation.parse([*asked[-2][1:], "--config.train.stepz=3"]))
+
+
+def test_the_card_is_watched_beside_the_published_runs_and_no_longer(run, tmp_path):
+    watcher = tmp_path / "bin" / "nvidia-smi"
+    watcher.parent.mkdir()
+    watcher.write_text('#!/usr/bin/env bash\necho $$ "$@"; exec sleep 300\n')
+    watcher.chmod(0o755)
+    for code in (0, 3):
+        path = f"{watcher.parent}:{os.environ['PATH']}"
+        done, calls = run("published", PATH=path, TAKES="0.5", CODE=str(code), FAILS="ablation" if code else "")
+        assert done.returncode == code and names(calls) == ["ablation"]
+    lines = (tmp_path / "gpu" / "clocks.csv").read_text().splitlines()
+    assert len(lines) == 2 and all("--id=0 --loop=1" in line and "clocks.sm,power.draw" in line for line in lines)
+    for line in lines:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(line.split()[0]), 0)
 
 
 def test_a_peer_that_is_not_there_is_said_and_leaves_no_file(run, tmp_path):

@@ -1,4 +1,4 @@
-"""The README is true: its examples run, and it names every field with its value."""
+"""The README is true: its examples run, and configs/README.md names every field with its value."""
 
 import functools
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from ml_collections import ConfigDict
 
 from configs import base
@@ -16,6 +17,7 @@ from tests.small import placed
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *ROOT.glob("configs/*.md"), *ROOT.glob("experiments/**/README.md")]
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.S)
 
 
@@ -52,7 +54,7 @@ def fields(config: ConfigDict, path: str = "config") -> list[str]:
 
 def table() -> dict[str, tuple[str, str]]:
     """What the table of fields says: field -> (value at cpu, value at published; "" where that is the same)."""
-    section = README.split("## Every field")[1].split("\n## ")[0]
+    section = (ROOT / "configs/README.md").read_text()
     rows = re.findall(r"^\| `([\w.]*\w)` \|([^|]*)\|([^|]*)\|[^|]*\|$", section, flags=re.M)
     return {name: (cpu.strip(), published.strip()) for name, cpu, published in rows}
 
@@ -77,6 +79,18 @@ def test_the_table_names_every_field_with_its_value_at_both_scales():
         assert said == (cpu, "" if published == cpu else published), name
 
 
-def test_files_that_the_readme_names_are_there():
-    for name in re.findall(r"\]\(([\w./]+)\)", README):
-        assert (ROOT / name).exists(), name
+@pytest.mark.parametrize("page", sorted(p.relative_to(ROOT) for p in PAGES), ids=str)
+def test_files_that_a_page_names_are_there(page):
+    text = (ROOT / page).read_text()
+    names = re.findall(r"\]\(([\w./-]+)(#[\w-]+)?\)", text)
+    assert names
+    for name, anchor in names:
+        file = (ROOT / page).parent / name
+        assert file.exists(), name
+        assert not anchor or anchor in anchors(file), anchor
+
+
+def anchors(file: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", file.read_text(), flags=re.M)
+    return {"#" + re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
