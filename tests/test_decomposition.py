@@ -34,14 +34,18 @@ def test_length_and_diversity_are_found_and_add_up(rng):
     assert entry["total"]["mean"] == pytest.approx(entry["length"]["mean"] + entry["diversity"]["mean"], abs=2e-6)
 
 
-def test_a_total_has_the_interval_of_its_difference(rng):
+@pytest.mark.parametrize("trial", range(3))
+def test_total_and_length_have_the_intervals_of_their_differences(rng, trial):
     """As many draws, the same ones: a report does not say two things of one number."""
-    arms = [arm_of(rng, name, "independent", offset) for name, offset in (("a", 0.0), ("b", 0.1))]
-    paired = [Arm(arm.strategy, "paired", arm.runs) for arm in arms]
-    (entry,) = decomposition.analyse(arms, paired, [96])
-    losses = [np.stack([run.losses[96] for run in arm.runs]) for arm in arms]
-    wanted = difference(hierarchical_bootstrap(*losses, DOCUMENTS, 0))
-    assert entry["total"] == pytest.approx({name: wanted[name] for name in ("mean", "low", "high")}, abs=2e-6)
+    orders = [
+        [arm_of(rng, name, order, offset) for name, offset in (("a", 0.0), ("b", 0.1))]
+        for order in ("independent", "paired")
+    ]
+    (entry,) = decomposition.analyse(*orders, [96])
+    for part, arms in zip(("total", "length"), orders, strict=True):
+        losses = [np.stack([run.losses[96] for run in arm.runs]) for arm in arms]
+        wanted = difference(hierarchical_bootstrap(*losses, DOCUMENTS, 0))
+        assert entry[part] == pytest.approx({name: wanted[name] for name in ("mean", "low", "high")}, abs=2e-6)
 
 
 def test_only_seeds_that_all_four_have_are_used(rng):

@@ -17,6 +17,7 @@ from research.analysis.page import Section, Table
 from research.analysis.study import Arm
 
 PARTS = ("total", "length", "diversity")
+_NEEDS = {"total": ("independent",), "length": ("paired",), "diversity": ("independent", "paired")}
 _SEED = 0
 
 
@@ -35,20 +36,14 @@ def analyse(independent: Sequence[Arm], paired: Sequence[Arm], shared: Sequence[
         equal = len({(arm.first["tokens_per_step"], arm.first["tokens"]) for arm in four.values()}) == 1
         if not seeds or not equal:
             continue
-        losses = {f"{s} {setting}": _losses(arm, context, seeds) for (s, setting), arm in four.items()}
+        losses = {key: _losses(arm, context, seeds) for key, arm in four.items()}
         documents = of[a, "independent"].runs[0].arrays["document"]
-        entries.append(
-            dict(
-                at=context,
-                a=a,
-                b=b,
-                seeds=seeds,
-                **{
-                    part: interval(bootstrap_statistic(losses, documents, _statistic(part, a, b), _SEED, RESAMPLES))
-                    for part in PARTS
-                },
-            )
-        )
+        entry = dict(at=context, a=a, b=b, seeds=seeds)
+        for part in PARTS:  # of the orders that it is made of alone: so it has the interval of the same difference
+            of_part = {" ".join(key): loss for key, loss in losses.items() if key[1] in _NEEDS[part]}
+            found = bootstrap_statistic(of_part, documents, _statistic(part, a, b), _SEED, RESAMPLES)
+            entry[part] = interval(found)
+        entries.append(entry)
     return entries
 
 
