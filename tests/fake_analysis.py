@@ -52,7 +52,12 @@ def analysis(
             )
             effective = band(48, 10) | dict(longest=REACH[name], censored=False)
             found["context"].append(
-                dict(strategy=name, setting=setting, seq_len=length, gains=[band(gain, width)])
+                dict(
+                    strategy=name,
+                    setting=setting,
+                    seq_len=length,
+                    gains=[{"from": 24, "to": REACH[name]} | band(gain, width)],
+                )
                 | dict(effective=effective, slope=None)
             )
         for a, b in itertools.combinations(by, 2):

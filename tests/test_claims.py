@@ -31,7 +31,8 @@ SAME = dict.fromkeys(SHAPES, 4.0)
         ("2x length", dict(memory=(None, 2e8, 4e8)), UNTESTED),
         ("2x length", dict(device=(1e8, 4e8, 16e8)), HOLDS),  # the device's own count goes before
         ("2x length", dict(shapes=SHAPES | {"balanced": (20, 512)}), UNTESTED),
-        ("need less memory", {}, FAILS),
+        ("need less memory", {}, CONDITIONS),  # at equal tokens no, with as many rows yes
+        ("need less memory", dict(memory=(4e8, 3e8, 2e8)), FAILS),
         ("need less memory", dict(memory=(1e8, 2e8, 4e8)), HOLDS),
         ("equal GPU memory", {}, HOLDS),
         ("equal GPU memory", dict(memory=(4.0e8, 4.2e8, 4.3e8)), CONDITIONS),
@@ -99,21 +100,23 @@ SAME = dict.fromkeys(SHAPES, 4.0)
         ("understanding of extended", dict(gain=0.01), UNTESTED),
         ("context against speed", {}, HOLDS),
         ("context against speed", dict(recall=ALIKE, beyond=-0.1), CONDITIONS),
+        ("context against speed", dict(recall=RECALLS, beyond=-0.1), CONDITIONS),
         ("context against speed", dict(seconds=(0.7, 0.7, 0.7)), FAILS),
         ("context against speed", dict(beyond=0.0, width=0.1), UNTESTED),
         ("shows promise", {}, HOLDS),
         ("shows promise", dict(losses=LONG), FAILS),
         ("shows promise", dict(recall=ALIKE, beyond=-0.1), FAILS),
+        ("shows promise", dict(recall=RECALLS, beyond=-0.1), CONDITIONS),  # on another task alone
         ("shows promise", dict(recall=ALIKE, beyond=0.0, width=0.1), UNTESTED),  # on text it is undecided
         ("shows promise", dict(losses=SAME, shown=False), UNTESTED),
         ("whole story", {}, UNTESTED),
-        ("whole story", dict(recall=RECALLS), HOLDS),
+        ("whole story", dict(recall=RECALLS), UNTESTED),  # those are other models, with losses of another task
         ("whole story", dict(losses=LONG, recall=RECALLS), FAILS),
         ("whole story", dict(recall=RECALLS, spread=0.9), UNTESTED),  # seeds differ by more than strategies
         ("learn long-range dependencies", dict(recall=RECALLS, spread=0.9), CONDITIONS),
         ("worth a higher validation loss", {}, UNTESTED),
         ("worth a higher validation loss", dict(recall=RECALLS, full=LONG), HOLDS),
-        ("worth a higher validation loss", dict(recall=RECALLS), CONDITIONS),
+        ("worth a higher validation loss", dict(recall=RECALLS), UNTESTED),  # what it buys, and the price, of one model
         ("worth a higher validation loss", dict(recall=ALIKE), FAILS),
         ("worth a higher validation loss", dict(recall=RECALLS, full=LONG, losses=LONG), UNTESTED),  # it is not higher
         ("less noise", {}, UNTESTED),
@@ -236,6 +239,7 @@ def test_an_effective_context_that_may_be_longer_is_not_said_to_be_shorter():
     assert "Longest effective context on text: balanced and long_seq." in evidence_on("whole story", found)
     found["context"][1]["effective"]["high"] = 383
     assert "Longest effective context on text: long_seq." in evidence_on("whole story", found)
+    assert verdict_on("whole story", found) == HOLDS  # large_batch has the lowest loss
     found["context"][1]["effective"]["high"] = 384
     found["context"][2]["effective"] |= dict(mean=768, low=600, high=768)  # more than balanced can see
     assert "Longest effective context on text: long_seq." in evidence_on("whole story", found)

@@ -271,11 +271,11 @@ def test_who_gains_from_context_is_asked_of_the_order_that_claims_are_judged_in(
     for entry in found["context"]:
         for gain in entry["gains"]:
             gain["mean"] = 0.01 if entry["setting"] == "independent" else 0.5
-    assert "No strategy gains" in findings.as_list(found) and evidence.little_context(found)
+    assert "no strategy gains" in findings.as_list(found) and evidence.little_context(found)
     for entry in found["context"]:
         for gain in entry["gains"]:
             gain["mean"] = 0.5 if entry["setting"] == "independent" else 0.01
-    assert "No strategy gains" not in findings.as_list(found) and not evidence.little_context(found)
+    assert "no strategy gains" not in findings.as_list(found) and not evidence.little_context(found)
 
 
 @pytest.mark.parametrize("first", ["large_batch", "long_seq"])

@@ -17,9 +17,9 @@ def section(analysis: dict[str, Any], drawn: Mapping[str, Picture]) -> Section |
     if not found:
         return None
     text = (
-        "The same held-out targets, each predicted from its last c tokens. Within its trained length a model's loss "
-        "can only fall by what the further tokens tell; beyond it, the raw model meets rotary positions that it never "
-        "saw, while a window that slides keeps the loss of the longest context that fits."
+        "The same held-out targets, each predicted from c to 1.25 c tokens. Within its trained length a model's loss "
+        "falls by what it has learnt to read from the further tokens; beyond it, the raw model meets rotary positions "
+        "that it never saw, while a window that slides keeps the loss of the longest context that fits."
     )
     tables = [_use(found), *_early_and_late(found), *reach.tables(analysis)]
     return Section("What context is worth", text, tuple(tables), tuple(drawn[n] for n in PICTURES if n in drawn))

@@ -134,12 +134,13 @@ def against(entries: Sequence[Mapping[str, Any] | None]) -> str:
 
 
 def little_context(analysis: Analysis) -> str | None:
-    """The sentence that says that no strategy has learnt to use context, so that it cannot be seen what it is for."""
+    """The sentence that says that no strategy gains from more context, so that it cannot be seen what it is for."""
     entries = [e for e in analysis.get("context") or [] if e["setting"] == "independent"]
     gains = [entry["gains"][-1]["mean"] for entry in entries if entry["gains"]]
     if not gains or max(gains) >= LITTLE:
         return None
-    return f"No strategy gains {LITTLE} nats per token from context after so few tokens: longer training would tell."
+    first = min(entry["gains"][-1]["from"] for entry in entries if entry["gains"])
+    return f"Beyond {first} tokens of context no strategy gains {LITTLE} nats per token: longer training would tell."
 
 
 def rows_alone(analysis: Analysis) -> list[tuple[Arm, Arm]]:

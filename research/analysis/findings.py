@@ -49,7 +49,7 @@ def same_targets(analysis: dict[str, Any]) -> list[str]:
             where = "below" if below else "above, over the seeds that both have,"
             shown.append(f"{abs(found['mean']):.3f} {where} {other['strategy']} [{low:.3f}, {high:.3f}]")
     text = (
-        f"On the same held-out targets with {context} tokens before each, {best['strategy']} has the lowest loss, "
+        f"On the same held-out targets at context {context}, {best['strategy']} has the lowest loss, "
         f"{best['contexts'][context]['mean']:.3f} nats per token"
     )
     if shown:
@@ -92,9 +92,10 @@ def more_context(analysis: dict[str, Any]) -> list[str]:
     sentences = ["With more context, " + "; ".join(said) + "."]
     most = max(gain["mean"] for entry in independent for gain in entry["gains"][-1:])
     if most < LITTLE:
+        first = min(gain["from"] for entry in independent for gain in entry["gains"][-1:])
         sentences.append(
-            f"No strategy gains {LITTLE} nats per token from context: with so little training none has learnt to use "
-            "it, and what long rows are for is not tested."
+            f"Beyond {first} tokens of context no strategy gains {LITTLE} nats per token: with so little training next "
+            "to nothing of what long rows are for has been learnt, and it is not tested."
         )
     return sentences
 

@@ -7,7 +7,7 @@ TERMS: tuple[tuple[str, str], ...] = (
     (
         "Loss at context c",
         "Mean of -log p, in nats per token (perplexity is e to it), over held-out target tokens. The targets are the "
-        "same for every strategy; each is predicted from c to 1.25 c tokens of its document before it.",
+        "same for every strategy; each is predicted from c + 1 to 1.25 c tokens of its document before it.",
     ),
     (
         "Loss at own length",
@@ -21,13 +21,14 @@ TERMS: tuple[tuple[str, str], ...] = (
     ),
     (
         "Interval",
-        "95 %: where the number would lie if seeds and held-out documents were drawn again (bootstrap over documents, "
-        "Student's t over seeds, in pairs: the same documents and seeds for both strategies).",
+        "95 %, for the mean over all seeds and held-out documents that might be drawn (bootstrap over documents, "
+        "Student's t over seeds, in pairs: the same documents and seeds for both strategies). The train text is given.",
     ),
     (
         "Shown; Holm",
         "A difference is shown where its p value, corrected by Holm's procedure for all the comparisons of its table, "
-        "is below 0.05. Otherwise the report says that none is shown, which is not that there is none.",
+        "is below 0.05; a gain from context, where its own interval leaves out zero. Otherwise the report says that "
+        "none is shown, which is not that there is none.",
     ),
     (
         "Effective context",
@@ -41,8 +42,8 @@ TERMS: tuple[tuple[str, str], ...] = (
     (
         "Row length and diversity",
         "The two parts of a difference between strategies: what is left under paired order is the effect of the "
-        "rows' length; the rest is that of the number of places that a step comes from (diversity). Both models are "
-        "scored with the same context.",
+        "rows' length; the rest is that of the number of places that a step comes from, and, where a run does "
+        "not see the whole text, that the run comes from (diversity). Both models are scored with the same context.",
     ),
     ("Unigram entropy", "The loss of knowing only how often each token occurs. A model above it has learnt nothing."),
     (

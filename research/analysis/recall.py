@@ -15,7 +15,8 @@ SUITES = {"raw": "whole documents", "window": "windows of the trained length"}
 
 
 def analyse(arms: Sequence[Arm]) -> list[dict[str, Any]]:
-    """Per strategy, suite and bin of distances [2^b, 2^(b+1)): right of total answers of all seeds, Wilson's interval.
+    """Per strategy, suite and bin of distances [2^b, 2^(b+1)): right of total answers of all seeds, with Wilson's
+    interval of as many answers as there are: seeds answer the same ones.
 
     `raw` reads whole documents, beyond the trained length too; `window` shows what fits. Chance is one value in
     `chance`; a model that is at it does not recall.
@@ -39,7 +40,7 @@ def _by_distance(arm: Arm, suite: str) -> list[dict[str, Any]]:
     found = []
     for b in np.unique(bins):
         hits = right[:, bins == b]
-        low, high = wilson(int(hits.sum()), hits.size)
+        low, high = wilson(round(hits.sum() / len(hits)), hits.shape[1])
         entry = dict(right=int(hits.sum()), answers=int(hits.size), mean=rounded(hits.mean()))
         spread = rounded(np.std(hits.mean(axis=1), ddof=1)) if len(hits) > 1 else None
         entry |= dict(low=low, high=high, sd=spread, by_seed=[rounded(share) for share in hits.mean(axis=1)])
@@ -61,9 +62,8 @@ def section(analysis: dict[str, Any]) -> Section | None:
     text = (
         "A document binds keys to values; later a key comes again, and its value is asked for. Loss and accuracy are "
         "of the answers alone. A document binds a key once, values are independent, and the distance to where the key "
-        "was last said is independent of the place, so nothing but recall helps. This is what a validation loss on "
-        "text can hide. The model is smaller than the one on text, and its rows are much shorter: see what each was "
-        "trained at."
+        "was last said is independent of the place, so nothing but recall helps. A loss on text does not show it "
+        "directly. The models are others than those on text: smaller, trained on this task alone, in much shorter rows."
     )
     return Section("How far back can it recall?", text, tables)
 
@@ -100,8 +100,10 @@ def _table(found: Sequence[dict[str, Any]], suite: str) -> Table:
     of = f"mean (seeds {seeds})" if len(found[0]["seeds"]) > 1 else "[95 %, Wilson]"
     note = (
         f"Accuracy, {of}, in {SUITES[suite]}; chance is {found[0]['chance']:.1%}. "
-        f"Answers a cell: {found[0][suite][0]['answers']:,} or so."
+        f"Answers per cell and seed: {found[0][suite][0]['answers'] // len(found[0]['seeds']):,} or so."
     )
+    if suite == "window":
+        note += " A window shows 3/4 T to T tokens before an answer: of keys farther back than 3/4 T not all are seen."
     if len(found[0]["seeds"]) < 2:
         note += " Of one seed: no interval holds the choice of it, and seeds differ by far more than answers."
     return Table(("strategy", "trained at", *(f"{a:,} to {b:,}" for a, b in bins)), rows, note)

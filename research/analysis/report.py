@@ -125,7 +125,8 @@ def _claims_text() -> str:
     return (
         "Each claim of the original that this project answers, in its order. The verdict is chosen by a rule over the "
         "numbers that stand beside it. `not tested` says that the numbers are absent or do not decide, and what would; "
-        "it is not a no. What holds here holds at this scale, for this text and this many tokens."
+        "it is not a no. What holds here holds at this scale, for this text, this many tokens and these "
+        "learning rates."
     )
 
 
