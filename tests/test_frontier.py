@@ -139,7 +139,7 @@ def test_what_a_compiler_refuses_does_not_fit(tmp_path, here, monkeypatch):
     config = one_device(config_of(tmp_path))
     cell = frontier.plan(config, 2**23, programs.Programs(here))
     assert cell.batch == (2**23 - 2**20) // 16_000 and cell.next_bytes > 2**23
-    with pytest.raises(ConfigError, match=r"--budget='16.00 MiB': CPU has 8.00 MiB a device; give no more"):
+    with pytest.raises(ConfigError, match=r"--budget='16.00 MiB': CPU has 8.00 MiB per device; give no more"):
         frontier.plan(config, 2**24, programs.Programs(here))
     given = frontier.with_fields(config, dict(batch_size=1000, memory_budget="1GiB"))
     with pytest.raises(
