@@ -18,7 +18,8 @@
 # One GPU is used: CUDA_VISIBLE_DEVICES says which. Another card or commit gets another FOLDER: what is there is not made again.
 # FOLDER/cache holds corpora and compiled programs, and is worth keeping. What is to be committed is left in
 # FOLDER/checks.txt, FOLDER/benchmark-*.json, FOLDER/clocks.csv, and the report folders in FOLDER/*; FOLDER/kept.tar.gz
-# holds all but cache and checkpoints. Unpacked elsewhere, finished runs are not run again, and `--report_only` makes the report of those there are.
+# holds all but cache and checkpoints. Unpacked elsewhere, finished runs are not run again, and `--report_only` makes the
+# report of those there are.
 # The README's published_h200.json, _swiglu and _profile are benchmark-original, -mixtral and -profile.json.
 set -euo pipefail
 wrong() { echo "error: $1; bash experiments/on_gpu.sh FOLDER [STAGE] BOOKS.jsonl.gz" >&2; exit 2; }

@@ -12,6 +12,8 @@ from research.analysis import recall as recall_task
 from research.analysis.context import TOLERANCE
 from research.analysis.evidence import CONDITIONS, FAILS, HOLDS, UNTESTED, Analysis, Judged, arms, listed
 
+OTHERS = "The models of the recall task are others, trained on it alone: their price is not this one."
+
 
 def long_range(analysis: Analysis) -> Judged:
     """The longest rows recall beyond the shortest ones' length, and predict text better with more context than that."""
@@ -96,9 +98,6 @@ def _at_full_reach(analysis: Analysis, setting: str) -> tuple[bool | None, str]:
 
 def _turned(pair: Mapping[str, Any]) -> dict[str, Any]:
     return evidence.turned(pair) | {"context_a": pair["context_b"], "context_b": pair["context_a"]}
-
-
-OTHERS = "The models of the recall task are others, trained on it alone: their price is not this one."
 
 
 def whole_story(analysis: Analysis) -> Judged:
