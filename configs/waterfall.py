@@ -93,4 +93,3 @@ SCALES = {
         },
     ),
 }
-RATE_STEP = 2.0  # between neighbours of the grid

@@ -11,8 +11,9 @@ Settings: `independent`, as the config says (each row from a place of its own); 
 strategy the same tokens at each step; `recall`, the synthetic recall task. A strategy whose rows are as long as the
 blocks of the paired order is trained once for both.
 --memory gives each strategy on text the largest batch that fits so much of a device, instead of its own.
-Every --config.field=value goes to every run on text, every --recall.field=value, as --config.field=value, to every run
-on the recall task. The same command goes on where it was stopped.
+Every --config.field=value goes to every run on text, every --STRATEGY.field=value, such as
+--long_seq.optimizer.learning_rate=0.02 (experiments.tune finds it), to those of that strategy, every
+--recall.field=value to every run on the recall task. The same command goes on where it was stopped.
 Exit codes: 0, all finished; 2, a mistake in the config, nothing run; else that of the first run that failed (the report
 says so), or 1.
 """
@@ -88,30 +89,31 @@ def main(
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments; `overrides` and `recall` are those of the configs, as `--config.field=value`.
+    """The arguments; `overrides`, `recall` and `own` (by strategy) are those of the configs, `--config.field=value`.
 
     Raises: ConfigError on an argument that is not known.
     """
     parser = Parser("ablation", __doc__, OVERRIDES)
     parser.add_argument("--scale", default="cpu", help="of the configs: cpu (default) or published")
     parser.add_argument("--workdir", type=as_folder, required=True, help="each run gets a folder in it")
-    parser.add_argument("--strategies", type=_names, default=list(STRATEGIES), help="names of configs/*.py")
+    parser.add_argument("--strategies", type=names, default=list(STRATEGIES), help="names of configs/*.py")
     parser.add_argument("--memory", default="", help="of a device, such as 24GiB: plans each strategy's batch size")
-    parser.add_argument("--seeds", type=_names, default=[], help="such as 42,43,44; the config's own if not given")
-    parser.add_argument("--settings", type=_names, default=["independent"], help=f"of {','.join(SETTINGS)}")
+    parser.add_argument("--seeds", type=names, default=[], help="such as 42,43,44; the config's own if not given")
+    parser.add_argument("--settings", type=names, default=["independent"], help=f"of {','.join(SETTINGS)}")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--dry_run", action="store_true", help="print the commands, run nothing")
     mode.add_argument("--check_only", action="store_true", help="check the configs, run nothing")
     mode.add_argument("--report_only", action="store_true", help="make the report again, run nothing")
     arguments, rest = parser.parse_known_args(argv)
+    arguments.own = {strategy: [] for strategy in arguments.strategies}
     arguments.overrides, arguments.recall = [], []
+    lists = arguments.own | {"recall": arguments.recall, "config": arguments.overrides}
     for given in (argument for argument in rest if argument != "--"):
-        if given.startswith("--config.") and "=" in given:
-            arguments.overrides.append(given)
-        elif given.startswith("--recall.") and "=" in given:
-            arguments.recall.append(given.replace("--recall.", "--config.", 1))
-        else:
-            raise ConfigError("argument", given, "unknown; write overrides as --config.field=value")
+        who, _, field = given.removeprefix("--").partition(".")
+        if not (given.startswith("--") and who in lists and "=" in field):
+            message = "unknown; write overrides as --config.field=value, or with a strategy's name for config"
+            raise ConfigError("argument", given, message)
+        lists[who].append(f"--config.{field}")
     _check_arguments(arguments)
     if arguments.memory:
         arguments.overrides += ["--config.batch_size=-1", f"--config.memory_budget={arguments.memory}"]
@@ -120,6 +122,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _check_arguments(arguments: argparse.Namespace) -> None:
     given = {override.partition("=")[0] for override in arguments.overrides}
+    for strategy, overrides in arguments.own.items():
+        own = {override.partition("=")[0] for override in overrides}
+        if "--config.seed" in own:
+            raise ConfigError(f"{strategy}.seed", "given", "a seed is of every strategy: give --config.seed or --seeds")
+        given |= own & {"--config.batch_size", "--config.memory_budget"}
     for setting in arguments.settings:
         if setting not in SETTINGS:
             raise ConfigError("--settings", setting, f"choose of {', '.join(SETTINGS)}")
@@ -138,7 +145,7 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         raise ConfigError("--strategies", "", "name at least one, and at least one of --settings")
 
 
-def _names(text: str) -> list[str]:
+def names(text: str) -> list[str]:
     return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
@@ -147,7 +154,8 @@ def plan(arguments: argparse.Namespace) -> list[Planned]:
 
     Raises: ConfigError for a strategy, scale, field or value that is not there.
     """
-    configs = {name: load_strategy(name, arguments.scale, arguments.overrides) for name in arguments.strategies}
+    texts = {name: [*arguments.overrides, *arguments.own[name]] for name in arguments.strategies}
+    configs = {name: load_strategy(name, arguments.scale, overrides) for name, overrides in texts.items()}
     longest = max(config.seq_len for config in configs.values())
     for config in configs.values():
         if config.data.shuffle_block:
@@ -163,10 +171,13 @@ def plan(arguments: argparse.Namespace) -> list[Planned]:
             given = [f"--config.seed={seed}"] if seed is not None else []
             for setting in arguments.settings:
                 if setting == "recall":
-                    file, overrides = _file(name, "recall"), [*_shared(arguments.overrides), *arguments.recall, *given]
+                    file, overrides = (
+                        config_file(name, "recall"),
+                        [*_shared(arguments.overrides), *arguments.recall, *given],
+                    )
                     load_strategy(name, "recall", overrides)
                 else:
-                    file, overrides = _file(name, arguments.scale), [*arguments.overrides, *given]
+                    file, overrides = config_file(name, arguments.scale), [*texts[name], *given]
                 if setting == "paired":
                     if config.seq_len == longest and "independent" in arguments.settings:
                         continue  # its rows are the blocks: both orders are one
@@ -191,7 +202,7 @@ def load_strategy(strategy: str, scale: str, overrides: Sequence[str]) -> Config
     return load_config(f"{path}:{scale}", overrides)
 
 
-def _file(strategy: str, scale: str) -> str:
+def config_file(strategy: str, scale: str) -> str:
     path = CONFIGS / f"{strategy}.py"
     return f"{path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}:{scale}"
 

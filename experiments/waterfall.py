@@ -14,21 +14,18 @@ Exit codes: 0, all finished; 2, a mistake in the config, nothing run; else that 
 
 import argparse
 import math
-import shlex
-import shutil
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from configs.waterfall import SCALES, STRATEGIES
+from experiments import ledger
 from experiments import waterfall_plan as plans
 from experiments.child import Interrupted, checked, run_child
 from experiments.flags import OVERRIDES, Parser, as_folder, load_config, make_folder
 from experiments.waterfall_plan import STAGES, Losses, Plan, Run
-from research import files
-from research.analysis import archive, waterfall, waterfall_report
+from research.analysis import runs, waterfall, waterfall_report
 from research.config import ConfigError
 
 TRAIN = (sys.executable, "-m", "experiments.train")
@@ -102,7 +99,7 @@ def check_all(plan: Plan) -> int:
 
 def refuse_another(plan: Plan) -> None:
     """Raises: ConfigError where the folder holds a study of other runs."""
-    known = read_state(plan.workdir)
+    known = ledger.read(plan.workdir / STATE)
     if any(known.get(name, value) != value for name, value in _identity(plan).items()):
         message = "holds a waterfall of another scale or config; choose another folder"
         raise ConfigError("--workdir", str(plan.workdir), message)
@@ -111,20 +108,11 @@ def refuse_another(plan: Plan) -> None:
 def claim(plan: Plan) -> None:
     """Keeps what the study is, for the commands that go on with it."""
     more = {"rate": plan.rate, "tuning_seed": plan.tuning_seed, "seeds": list(plan.seeds), "until": plan.until}
-    write_state(plan.workdir, read_state(plan.workdir) | _identity(plan) | more)
+    ledger.write(plan.workdir / STATE, ledger.read(plan.workdir / STATE) | _identity(plan) | more)
 
 
 def _identity(plan: Plan) -> dict[str, Any]:
     return {"scale": plan.scale, "overrides": dict(sorted(plan.overrides.items()))}
-
-
-def read_state(workdir: Path) -> dict[str, Any]:
-    path = workdir / STATE
-    return {"exit_codes": {}, "seconds": {}} | (archive.read_json(path) if path.exists() else {})
-
-
-def write_state(workdir: Path, state: Mapping[str, Any]) -> None:
-    files.write_json(workdir / STATE, state)
 
 
 def losses_of(plan: Plan) -> Losses:
@@ -132,10 +120,10 @@ def losses_of(plan: Plan) -> Losses:
     shortest = min(length for _, length in plan.shapes.equal_shapes)
 
     def loss(run: Run) -> float | None:
-        if read_state(plan.workdir)["exit_codes"].get(run.name) == waterfall.DIVERGED_CODE:
+        if ledger.read(plan.workdir / STATE)["exit_codes"].get(run.name) == runs.DIVERGED_CODE:
             return math.inf
-        result = waterfall.read_result(plan.workdir / run.name)
-        return None if result is None else waterfall.shared_loss(result, shortest)
+        result = runs.read_result(plan.workdir / run.name)
+        return None if result is None else runs.shared_loss(result, shortest)
 
     return loss
 
@@ -145,44 +133,19 @@ def run_stage(plan: Plan, number: int, train: Sequence[str]) -> None:
     stage, losses = plan.stages[number], losses_of(plan)
     for strategy in STRATEGIES:
         if number == plans.BEST:
-            runs = plans.grid(plan, strategy, losses)
+            planned = plans.rates(plan, strategy, losses)
         else:
-            runs = plans.stage_runs(plan, stage, strategy, losses)
-        for run in runs:
-            ensure(plan, run, number, train)
-
-
-def ensure(plan: Plan, run: Run, number: int, train: Sequence[str]) -> None:
-    """Makes a run, or leaves one that has finished or diverged; one that fails does not stop the next."""
-    folder, state = plan.workdir / run.name, read_state(plan.workdir)
-    if (folder / "result.json").exists() or state["exit_codes"].get(run.name) == waterfall.DIVERGED_CODE:
-        return
-    line = plans.command(plan, run, train)
-    print(f"stage {number}, {STAGES[number].name}: {run.name}", flush=True)
-    began = time.monotonic()
-    try:
-        code = run_child(line)
-    except Interrupted as stopped:
-        _record(plan, state, run, stopped.code, time.monotonic() - began)
-        raise
-    _record(plan, state, run, code, time.monotonic() - began)
-    if code:
-        print(f"{run.name} failed: exit code {code}: {shlex.join(line)}", file=sys.stderr, flush=True)
-    else:
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # no one goes on with a finished run
-
-
-def _record(plan: Plan, state: dict[str, Any], run: Run, code: int, seconds: float) -> None:
-    """Keeps how a run ended, and how long its processes took, starts and compilation included."""
-    state["exit_codes"][run.name] = code
-    state["seconds"][run.name] = round(state["seconds"].get(run.name, 0) + seconds, 1)
-    write_state(plan.workdir, state)
+            planned = plans.stage_runs(plan, stage, strategy, losses)
+        for run in planned:
+            title = f"stage {number}, {STAGES[number].name}: {run.name}"
+            ledger.ensure(plan.workdir / STATE, run.name, plans.command(plan, run, train), title)
 
 
 def write_report(plan: Plan) -> int:
     """Gathers the runs into `<workdir>/report/` and writes the report there; the exit code that they call for."""
     described = plans.study(plan, losses_of(plan))
-    waterfall.gather(plan.workdir, described, read_state(plan.workdir), plan.workdir / "report")
+    names = waterfall.runs_of(described)
+    runs.gather(plan.workdir, described, names, ledger.read(plan.workdir / STATE), plan.workdir / "report")
     return _conclude(plan.workdir / "report")
 
 
@@ -190,7 +153,7 @@ def report_only(workdir: Path) -> int:
     """Makes the report again from a study's folder, or from results.json and heldout_losses.npz of its report."""
     if (workdir / "results.json").exists():
         return _conclude(workdir)
-    state = read_state(workdir)
+    state = ledger.read(workdir / STATE)
     if "scale" not in state:
         raise ConfigError("--workdir", str(workdir), f"holds no waterfall: neither {STATE} nor results.json")
     names = ("overrides", "rate", "tuning_seed", "seeds", "until")
@@ -201,7 +164,7 @@ def _conclude(folder: Path) -> int:
     results = waterfall.write(folder)
     print(f"\n{waterfall_report.summary(results['analysis']['waterfall'])}")
     print(f"\n{folder / 'report.md'}\n{folder / 'report.html'}")
-    left = [run for run in results["runs"] if run["status"] not in (waterfall.FINISHED, waterfall.DIVERGED)]
+    left = [run for run in results["runs"] if run["status"] not in (runs.FINISHED, runs.DIVERGED)]
     for run in left:
         print(f"{run['name']} {run['status']}", file=sys.stderr)
     return next((run["exit_code"] for run in left if run["exit_code"]), int(bool(left)))

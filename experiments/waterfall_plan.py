@@ -1,12 +1,12 @@
 """Which runs the waterfall study is made of: its stages, each run's config, and the grids of learning rates."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.waterfall import RATE_STEP, SCALES, STRATEGIES, Scale
+from configs.waterfall import SCALES, STRATEGIES, Scale
+from experiments import grid
 from experiments.flags import load_config
 from research.config import ConfigError
 
@@ -170,59 +170,28 @@ def stage_runs(plan: Plan, stage: Stage, strategy: str, losses: Losses) -> list[
     """The runs that a strategy's row of a stage is made of; at its best rate so far, where each has its own."""
     rate = plan.rate
     if stage.rates == "best":
-        rate = best_rate(losses_by_rate(plan, strategy, losses)) or plan.rate
+        rate = best_rate(plan, strategy, losses)
     seeds = plan.seeds if stage.seeds == "evaluation" else (plan.tuning_seed,)
     return [make_run(plan, strategy, stage.condition, rate, seed) for seed in seeds]
 
 
-def grid(plan: Plan, strategy: str, losses: Losses) -> Iterator[Run]:
-    """The runs of a strategy's learning rates: three, then outwards while the best lies on the edge.
-
-    Each is yielded before the losses are read that decide on the next. At most plan.shapes.max_rates; where one
-    failed for another reason than divergence, none is added.
-    """
-    rates, tried = first_rates(plan), set()
-    while rates:
-        yield from (make_run(plan, strategy, STAGES[BEST].condition, rate, plan.tuning_seed) for rate in rates)
-        tried.update(rates)
-        known = losses_by_rate(plan, strategy, losses)  # those of an earlier command too
-        found = [*known, *next_rates(known, plan.shapes.max_rates)]
-        rates = [rate for rate in found if rate not in tried]  # one that failed is not tried again
+def rates(plan: Plan, strategy: str, losses: Losses) -> Iterator[Run]:
+    """The runs of a strategy's learning rates, one after another (grid.py)."""
+    for rate in grid.grow(_loss_at(plan, strategy, losses), plan.rate, plan.shapes.max_rates):
+        yield _tried(plan, strategy, rate)
 
 
-def first_rates(plan: Plan) -> list[float]:
-    return [plan.rate, plan.rate / RATE_STEP, plan.rate * RATE_STEP]
+def best_rate(plan: Plan, strategy: str, losses: Losses) -> float:
+    """Of those tried so far; the config's where none has a loss."""
+    return grid.best(grid.known(_loss_at(plan, strategy, losses), plan.rate)) or plan.rate
 
 
-def next_rates(losses: Mapping[float, float | None], limit: int) -> list[float]:
-    """The rate beyond the edge that the lowest loss lies on, one or none; none while a loss is not known (None)."""
-    best = best_rate(losses)
-    if best is None or None in losses.values() or len(losses) >= limit:
-        return []
-    if best == max(losses):
-        return [best * RATE_STEP]
-    return [best / RATE_STEP] if best == min(losses) else []
+def _loss_at(plan: Plan, strategy: str, losses: Losses) -> grid.Loss:
+    return lambda rate: losses(_tried(plan, strategy, rate))
 
 
-def best_rate(losses: Mapping[float, float | None]) -> float | None:
-    """The rate of the lowest loss; None where none is known."""
-    known = {rate: loss for rate, loss in losses.items() if loss is not None and math.isfinite(loss)}
-    return min(known, key=known.__getitem__) if known else None
-
-
-def losses_by_rate(plan: Plan, strategy: str, losses: Losses) -> dict[float, float | None]:
-    """Learning rate -> loss of the grid's runs so far. Rates grow outwards without a gap, and are found so."""
-
-    def loss(rate: float) -> float | None:
-        return losses(make_run(plan, strategy, STAGES[BEST].condition, rate, plan.tuning_seed))
-
-    found = {rate: loss(rate) for rate in first_rates(plan)}
-    for factor in (1 / RATE_STEP, RATE_STEP):
-        rate = plan.rate * factor * factor
-        while (value := loss(rate)) is not None:
-            found[rate] = value
-            rate *= factor
-    return found
+def _tried(plan: Plan, strategy: str, rate: float) -> Run:
+    return make_run(plan, strategy, STAGES[BEST].condition, rate, plan.tuning_seed)
 
 
 def study(plan: Plan, losses: Losses) -> dict[str, Any]:
@@ -233,7 +202,7 @@ def study(plan: Plan, losses: Losses) -> dict[str, Any]:
         entry = {"number": number, "name": stage.name, "changed": stage.changed, "measure": stage.measure}
         stages.append(entry | {"leaking": stage.condition == "leaking", "runs": runs})
     tuned = STRATEGIES if plan.until >= BEST else ()
-    grids = {s: {run.name: run.rate for run in grid(plan, s, losses)} for s in tuned}
+    grids = {s: {run.name: run.rate for run in rates(plan, s, losses)} for s in tuned}
     return {"scale": plan.scale, "tuning_seed": plan.tuning_seed, "stages": stages, "grids": grids}
 
 
@@ -246,9 +215,9 @@ def describe(plan: Plan, train: Sequence[str]) -> list[str]:
             seeds = ", ".join(map(str, plan.seeds))
             lines.append(f"# {len(STRATEGIES) * len(plan.seeds)} runs: each strategy at its best rate, seeds {seeds}")
             continue
-        rates = first_rates(plan) if stage.rates == "best" else [plan.rate]
+        values = grid.first(plan.rate) if stage.rates == "best" else [plan.rate]
         for strategy in STRATEGIES:
-            for rate in rates:
+            for rate in values:
                 run = make_run(plan, strategy, stage.condition, rate, plan.tuning_seed)
                 if run not in seen:
                     lines.append(" ".join(command(plan, run, train)))

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from experiments.ablation import STRATEGIES, load_strategy, main
+from experiments.flags import load_config
 from research import checkpoint
 
 TRAIN = (sys.executable, "-m", "tests.fake_runs")
@@ -72,6 +73,20 @@ def test_a_study_is_planned_seed_by_seed_and_pairs_share_the_longest_rows(tmp_pa
         assert ("--config.data.shuffle_block=2048" in line) == ("-paired-" in name)
         assert "--config.mesh.data=1" in line and f"--config.seed={name[-1]}" in line
         assert (".py:cpu" in line) == text and (".py:recall" in line) != text
+
+
+def test_a_field_of_one_strategy_is_given_to_its_runs_on_text_alone(tmp_path, capsys):
+    own = ["--long_seq.optimizer.learning_rate=0.02", "--balanced.optimizer.learning_rate=0.08"]
+    shared = ["--config.optimizer.learning_rate=0.01", "--settings=independent,paired,recall"]
+    assert ablation(tmp_path, *own, *shared, "--dry_run") == 0
+    for line in capsys.readouterr().out.splitlines():
+        words = line.split()
+        file = next(word for word in words if word.startswith("--config=")).removeprefix("--config=")
+        config = load_config(file, [word for word in words if word.startswith("--config.")])
+        expected = {"large_batch": 0.01, "balanced": 0.08, "long_seq": 0.02}[config.strategy]
+        if config.scale == "recall":
+            expected = load_config(file).optimizer.learning_rate
+        assert config.optimizer.learning_rate == expected, line
 
 
 def test_the_longest_strategy_is_trained_in_paired_order_where_it_is_in_no_other(tmp_path, capsys):
@@ -135,6 +150,11 @@ def test_a_missing_seed_is_in_the_report_and_in_the_exit_code(tmp_path):
         (["--strategies=,"], "--strategies=''"),
         (["--memory=24 bananas"], "--memory='24 bananas'"),
         (["--memory=2GiB", "--config.batch_size=8"], "--config.batch_size is given too"),
+        (["--memory=2GiB", "--balanced.batch_size=8"], "--config.batch_size is given too"),
+        (["--long_sq.optimizer.learning_rate=0.02"], "'--long_sq.optimizer.learning_rate=0.02'"),
+        (["--strategies=balanced", "--long_seq.train.steps=2"], "'--long_seq.train.steps=2'"),
+        (["--balanced.model.depth=4"], "config.model.depth='4'"),
+        (["--balanced.seed=1"], "balanced.seed"),
     ],
 )
 def test_a_mistake_is_one_line_and_starts_nothing(tmp_path, capsys, arguments, named):

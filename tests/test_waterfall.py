@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 from configs.waterfall import SCALES, STRATEGIES
+from experiments import grid, ledger
 from experiments import waterfall as script
 from experiments import waterfall_plan as plans
 from experiments.ablation import STRATEGIES as ABLATION_STRATEGIES
 from experiments.child import Interrupted
 from experiments.flags import load_config
-from research.analysis import markup, waterfall, waterfall_report
+from research.analysis import markup, runs, waterfall, waterfall_report
 from research.analysis.statistics import holm
 from research.config import ConfigError
 
@@ -58,7 +59,8 @@ def study(workdir: Path, *arguments: str, exits: dict[str, int] | None = None, s
         return 0
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "run_child", run_child)
+        for module in (script, ledger):
+            patch.setattr(module, "run_child", run_child)
         return script.main([f"--workdir={workdir}", "--smoke", *arguments], train=("train",), check=("check",))
 
 
@@ -146,7 +148,7 @@ def test_the_grid_grows_until_its_optimum_lies_inside(best):
     def losses(run: plans.Run) -> float | None:
         return made.get(run.rate)
 
-    for run in plans.grid(plan, "balanced", losses):
+    for run in plans.rates(plan, "balanced", losses):
         assert run.rate not in made
         made[run.rate] = abs(math.log2(run.rate / best))
     low, high = min(made), max(made)
@@ -154,21 +156,21 @@ def test_the_grid_grows_until_its_optimum_lies_inside(best):
     assert len(made) <= plan.shapes.max_rates
     if plan.rate / 8 < best < plan.rate * 8:
         assert low < lowest < high
-    assert plans.losses_by_rate(plan, "balanced", losses) == made
-    assert plans.best_rate(made) == lowest
-    assert {run.rate for run in plans.grid(plan, "balanced", losses)} == set(made)  # as a report reads it later
+    assert grid.known(lambda rate: losses(plans.make_run(plan, "balanced", "equal", rate, 42)), plan.rate) == made
+    assert grid.best(made) == lowest
+    assert {run.rate for run in plans.rates(plan, "balanced", losses)} == set(made)  # as a report reads it later
 
 
 def test_a_diverged_rate_bounds_the_grid_and_a_failed_one_ends_it():
     plan = plan_of("cpu")
     made = {}
-    for run in plans.grid(plan, "balanced", lambda run: made.get(run.rate)):
+    for run in plans.rates(plan, "balanced", lambda run: made.get(run.rate)):
         made[run.rate] = math.inf if run.rate > plan.rate else run.rate * -1
-    assert sorted(made) == [plan.rate / 2, plan.rate, plan.rate * 2] and plans.best_rate(made) == plan.rate
-    tried = [run.rate for run in plans.grid(plan, "balanced", lambda run: None)]
+    assert sorted(made) == [plan.rate / 2, plan.rate, plan.rate * 2] and grid.best(made) == plan.rate
+    tried = [run.rate for run in plans.rates(plan, "balanced", lambda run: None)]
     assert len(tried) == 3
     made = {}
-    for run in plans.grid(plan, "balanced", lambda run: made.get(run.rate)):
+    for run in plans.rates(plan, "balanced", lambda run: made.get(run.rate)):
         if run.rate <= 2 * plan.rate:  # the fourth fails, and is not asked for again
             made[run.rate] = -run.rate
     assert max(made) == 2 * plan.rate
@@ -304,7 +306,7 @@ def test_the_report_is_made_again_from_its_own_files(finished, tmp_path, capsys)
 
 
 def test_a_failed_run_is_named_and_leaves_its_stage_without_a_ranking(tmp_path, capsys):
-    exits = {"balanced-leaking-lr0.04-seed42": 4, "long_seq-equal-lr0.08-seed42": script.waterfall.DIVERGED_CODE}
+    exits = {"balanced-leaking-lr0.04-seed42": 4, "long_seq-equal-lr0.08-seed42": runs.DIVERGED_CODE}
     assert study(tmp_path, "--until=5", exits=exits) == 4
     results = json.loads((tmp_path / "report" / "results.json").read_text())
     found = results["analysis"]["waterfall"]
@@ -360,7 +362,8 @@ def test_runs_of_other_targets_are_refused(finished, tmp_path):
     with pytest.raises(ConfigError, match="not scored on the targets of the others"):
         plan = plan_of("smoke", tmp_path / "study")
         described = json.loads((finished / "report" / "results.json").read_text())["study"]
-        waterfall.gather(plan.workdir, described, {"exit_codes": {}, "seconds": {}}, tmp_path / "report")
+        names = waterfall.runs_of(described)
+        runs.gather(plan.workdir, described, names, {"exit_codes": {}, "seconds": {}}, tmp_path / "report")
 
 
 @pytest.mark.parametrize(

@@ -68,12 +68,12 @@ def facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts_.append(("tokens a run", ", ".join(f"{n:,}" for n in sorted({run["result"]["tokens"] for run in text}))))
     facts_.append(("device", ", ".join(dict.fromkeys(run["result"]["device"] for run in found))))
     if any(run.get("environment") for run in found):
-        facts_.append(("code", ", ".join(dict.fromkeys(map(_code, found)))))
+        facts_.append(("code", ", ".join(dict.fromkeys(map(code, found)))))
     facts_.append(("last run", max(run["result"]["date"] for run in found)))
     return facts_
 
 
-def _code(run: Run) -> str:
+def code(run: Run) -> str:
     environment = run.get("environment")
     if not environment:
         return "not kept"
@@ -143,7 +143,7 @@ def _compared(found: Sequence[Run]) -> tuple[list[str], list[str]]:
         ("device", lambda r: r["result"]["device"]),
     )
     if any(run.get("environment") for run in found):
-        checks += (("code", _code),)
+        checks += (("code", code),)
     equal, unequal = [], []
     for name, show in checks:
         by_strategy = {run["strategy"]: dict.fromkeys([]) for run in found}

@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from research.analysis import waterfall_figure
+from research.analysis import protocol, waterfall_figure
 from research.analysis.page import Picture, Section, Table
 from research.analysis.render import Page, Part
 from research.analysis.render import write as write_page
 from research.analysis.tables import verdict
+from research.analysis.tuning_report import losses_table
 
 LEAKING = "**LEAKING**"
 QUESTION = (
@@ -21,12 +22,12 @@ QUESTION = (
 def write(results: Mapping[str, Any], folder: Path) -> None:
     """Draws figures/ and writes report.md and report.html into `folder` from results.json's content."""
     found, pictures = results["analysis"]["waterfall"], waterfall_figure.draw(results["analysis"], folder / "figures")
-    stages = found["stages"]
+    stages, codes = found["stages"], dict.fromkeys(protocol.code(run) for run in results["runs"] if run["result"])
     page = Page(
         title="What a ranking was made of",
         kicker=f"Waterfall of {len(stages)} stages · scale {found['scale']} · {found['runs']} runs",
         question=QUESTION,
-        facts=_facts_of(found),
+        facts=[*_facts_of(found), ("code", ", ".join(codes))],
         parts=[Part(s.title, s.text, s.tables, s.pictures) for s in sections(results["analysis"], pictures)],
         footer=(
             "Made from `results.json` in this folder, which holds every number above, and from the losses in "
@@ -69,7 +70,7 @@ def sections(analysis: Mapping[str, Any], pictures: Sequence[Picture] = ()) -> l
     if any(stage["pairs"] for stage in found["stages"]):
         parts.append(Section("Differences", "", (_differences(found),)))
     if found["rates"]:
-        parts.append(Section("Learning rates", _rates_text(found), (_rates_table(found["rates"]),)))
+        parts.append(Section("Learning rates", _rates_text(found), (losses_table(found["rates"]),)))
     return parts
 
 
@@ -264,21 +265,6 @@ def _rates_text(found: Mapping[str, Any]) -> str:
     if edge:
         text += f" The best of {', '.join(edge)} lies on the edge of its grid: a better one may lie beyond."
     return text + (f" The optimum of {', '.join(inside)} lies inside the grid." if inside else "")
-
-
-def _rates_table(rates: Mapping[str, Any]) -> Table:
-    columns = sorted({entry["rate"] for found in rates.values() for entry in found["tried"]})
-    rows = []
-    for strategy, found in rates.items():
-        tried = {entry["rate"]: entry for entry in found["tried"]}
-        cells = []
-        for rate in columns:
-            entry = tried.get(rate)
-            cell = "–" if entry is None else entry["status"] if entry["loss"] is None else _number(entry["loss"])
-            cells.append(f"**{cell}**" if rate == found["best"] else cell)
-        rows.append((strategy, *cells, "yes" if found["inside"] else "no"))
-    note = "Nats per token at the shared context, one run each. –: not tried."
-    return Table(("strategy", *(f"{rate:g}" for rate in columns), "optimum inside"), tuple(rows), note)
 
 
 def _number(value: float | None) -> str:

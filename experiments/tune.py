@@ -1,0 +1,229 @@
+"""At which learning rate does each strategy do best? Tries values of one field outwards until the best lies inside.
+
+    python -m experiments.tune --workdir=runs/tune
+    python -m experiments.tune --workdir=runs/tune --strategies=balanced,long_seq --field=optimizer.adamw_learning_rate
+    python -m experiments.tune --report_only --workdir=runs/tune
+
+Each strategy begins with the value of its config, its half and its double, and goes on beyond an edge that the lowest
+loss lies on. Losses are those at the end of a run, on the held-out targets that all strategies share, with the longest
+context that fits in the shortest rows. It ends with the command that compares the strategies at the values found.
+Every --config.field=value goes to every run. The same command goes on where it was stopped.
+Exit codes: 0, all finished or diverged; 2, a mistake in the config, nothing run; else that of the first run that
+failed, or 1.
+"""
+
+import argparse
+import math
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments import grid, ledger
+from experiments.ablation import STRATEGIES, config_file, load_strategy, names
+from experiments.child import Interrupted, checked, run_child
+from experiments.flags import OVERRIDES, Parser, as_folder, make_folder
+from research.analysis import runs, tuning, tuning_report
+from research.config import ConfigError
+
+TRAIN = (sys.executable, "-m", "experiments.train")
+CHECK = (sys.executable, "-m", "experiments.tune", "--check_only")
+STATE = "tune.json"  # what the study is, and how each run ended
+# Losses are read off at the end of a run, which is not gone on with.
+SHORT = {"train.eval_every": "0", "train.keep_last": "1", "train.keep_best": "False"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study as its arguments describe it. `overrides`: of all runs, field -> value as on a command line."""
+
+    workdir: Path
+    scale: str
+    field: str
+    limit: int  # values tried for one strategy, at most
+    overrides: Mapping[str, str]
+    given: Mapping[str, float]  # strategy -> the value of its config, the middle of its grid
+    seed: int
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a folder holds one of: with other strategies, losses may be at another context."""
+        overrides = dict(sorted(self.overrides.items()))
+        return {"scale": self.scale, "field": self.field, "overrides": overrides, "given": dict(self.given)}
+
+
+def main(argv: Sequence[str] | None = None, train: Sequence[str] = TRAIN, check: Sequence[str] = CHECK) -> int:
+    """The exit code. `train` and `check` are the commands of the child processes; tests give others."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        arguments, given = parse(argv)
+        if arguments.report_only:
+            return report_only(arguments.workdir)
+        plan = make_plan(arguments, given)
+        if arguments.dry_run:
+            for strategy, middle in plan.given.items():
+                print("\n".join(shlex.join(command(plan, strategy, value, train)) for value in grid.first(middle)))
+            print(f"# and outwards while the best lies on the edge, to {plan.limit} values of a strategy at most")
+            return 0
+        if arguments.check_only:
+            return checked(lambda: check_all(plan))
+        state = refuse_another(plan)
+        # In a child, so that this process holds no accelerator while the runs need it.
+        if code := run_child([*check, *argv]):
+            return code
+        make_folder(plan.workdir)
+        ledger.write(plan.workdir / STATE, state | plan.identity | {"limit": plan.limit})
+        for strategy in plan.given:
+            for value in values(plan, strategy):
+                title = f"{run_name(plan, strategy, value)}: {plan.field}={value:g}"
+                line = command(plan, strategy, value, train)
+                ledger.ensure(plan.workdir / STATE, run_name(plan, strategy, value), line, title)
+        return report_only(plan.workdir)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.code
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+    """The arguments, and the overrides {field: value} of `--config.field=value`. Raises: ConfigError on another."""
+    parser = Parser("tune", __doc__, OVERRIDES)
+    parser.add_argument("--scale", default="cpu", help="of the configs: cpu (default) or published")
+    parser.add_argument("--workdir", type=as_folder, required=True, help="each run gets a folder in it")
+    parser.add_argument("--strategies", type=names, default=list(STRATEGIES), help="names of configs/*.py")
+    parser.add_argument("--field", default="optimizer.learning_rate", help="of the config, a number above 0")
+    parser.add_argument("--limit", type=int, default=6, help="values tried for one strategy, at most; default 6")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--dry_run", action="store_true", help="print the commands, run nothing")
+    mode.add_argument("--check_only", action="store_true", help="check the configs, run nothing")
+    mode.add_argument("--report_only", action="store_true", help="make the report again, run nothing")
+    arguments, rest = parser.parse_known_args(argv)
+    given = {}
+    for argument in rest:
+        field, equals, value = argument.partition("=")
+        if not field.startswith("--config.") or not equals:
+            raise ConfigError("argument", argument, "unknown; write overrides as --config.field=value")
+        given[field.removeprefix("--config.")] = value
+    return arguments, given
+
+
+def make_plan(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> Plan:
+    """Raises: ConfigError for whatever is wrong with an argument."""
+    if not arguments.strategies:
+        raise ConfigError("--strategies", "", "name at least one")
+    if arguments.limit < 3:
+        raise ConfigError("--limit", arguments.limit, "a grid begins with three values")
+    flags = _flags(overrides)
+    configs = {name: load_strategy(name, arguments.scale, flags) for name in arguments.strategies}
+    first = next(iter(configs.values()))
+    if first.data.source == "recall":
+        raise ConfigError("config.data.source", "recall", "has no losses on text to choose by; give another --scale")
+    if first.data.protocol != "clean":
+        message = "its losses choose nothing, they are of memorised text; add --config.data.protocol=clean"
+        raise ConfigError("config.data.protocol", first.data.protocol, message)
+    shortest = min(config.seq_len for config in configs.values())
+    if not any(5 * context // 4 <= shortest for context in first.eval.contexts):
+        message = f"none fits in the shortest length, {shortest}: give one of {shortest * 4 // 5} or less"
+        raise ConfigError("config.eval.contexts", tuple(first.eval.contexts), message)
+    given = {name: _value(config, arguments.field) for name, config in configs.items()}
+    return Plan(
+        arguments.workdir, arguments.scale, arguments.field, arguments.limit, dict(overrides), given, first.seed
+    )
+
+
+def _value(config: ConfigDict, field: str) -> float:
+    found: Any = config
+    for part in field.split("."):
+        found = found.get(part) if isinstance(found, ConfigDict) else None
+    if not isinstance(found, float) or not (math.isfinite(found) and found > 0):
+        raise ConfigError("--field", field, "name a field that is a fraction above 0, such as optimizer.learning_rate")
+    return found
+
+
+def _flags(fields: Mapping[str, Any]) -> list[str]:
+    return [f"--config.{field}={value}" for field, value in fields.items()]
+
+
+def run_name(plan: Plan, strategy: str, value: float) -> str:
+    """Of a run's folder."""
+    return f"{strategy}-{plan.field.rpartition('.')[2]}-{value:g}-seed{plan.seed}"
+
+
+def command(plan: Plan, strategy: str, value: float, train: Sequence[str]) -> list[str]:
+    fields = SHORT | dict(plan.overrides) | {plan.field: repr(value)}
+    workdir = plan.workdir / run_name(plan, strategy, value)
+    return [*train, f"--config={config_file(strategy, plan.scale)}", f"--workdir={workdir}", *_flags(fields)]
+
+
+def values(plan: Plan, strategy: str) -> Iterator[float]:
+    """The values of a strategy's grid, one after another (grid.py)."""
+    return grid.grow(lambda value: loss(plan, strategy, value), plan.given[strategy], plan.limit)
+
+
+def loss(plan: Plan, strategy: str, value: float) -> float | None:
+    """The run's loss (nats/token) at its own longest context that every strategy shares; inf: diverged, None: none."""
+    run = run_name(plan, strategy, value)
+    if ledger.read(plan.workdir / STATE)["exit_codes"].get(run) == runs.DIVERGED_CODE:
+        return math.inf
+    result = runs.read_result(plan.workdir / run)
+    return None if result is None else runs.shared_loss(result, shortest(plan))
+
+
+def shortest(plan: Plan) -> int:
+    return min(load_strategy(name, plan.scale, _flags(plan.overrides)).seq_len for name in plan.given)
+
+
+def check_all(plan: Plan) -> int:
+    """What a run of each strategy would stop at, before the first one starts. Raises: ConfigError."""
+    from research import train  # in this child alone JAX starts
+
+    for strategy, value in plan.given.items():
+        train.prepare(load_strategy(strategy, plan.scale, _flags(SHORT | dict(plan.overrides) | {plan.field: value})))
+    return 0
+
+
+def refuse_another(plan: Plan) -> dict[str, Any]:
+    """The folder's state. Raises: ConfigError where it holds a study of other runs."""
+    state = ledger.read(plan.workdir / STATE)
+    if any(state.get(key, value) != value for key, value in plan.identity.items()):
+        message = "holds a tuning of another scale, field, config or other strategies; choose another folder"
+        raise ConfigError("--workdir", str(plan.workdir), message)
+    return state
+
+
+def report_only(workdir: Path) -> int:
+    """Makes the report from a study's folder, or from results.json and heldout_losses.npz of its report."""
+    if (workdir / "results.json").exists():
+        return _conclude(workdir)
+    state = ledger.read(workdir / STATE)
+    if "given" not in state:
+        raise ConfigError("--workdir", str(workdir), f"holds no tuning: neither {STATE} nor results.json")
+    flags = _flags(state["overrides"])
+    seed = load_strategy(next(iter(state["given"])), state["scale"], flags).seed
+    identity = (state[key] for key in ("scale", "field", "limit", "overrides", "given"))
+    plan = Plan(workdir, *identity, seed)
+    grids = {s: {run_name(plan, s, value): value for value in values(plan, s)} for s in plan.given}
+    study = plan.identity | {"seed": seed, "grids": grids}
+    runs.gather(workdir, study, [run for grid in grids.values() for run in grid], state, workdir / "report")
+    return _conclude(workdir / "report")
+
+
+def _conclude(folder: Path) -> int:
+    results = tuning.write(folder)
+    study, found = results["study"], results["analysis"]["tuning"]
+    print("\n" + "\n".join(f"- {said}" for said in tuning_report.findings(study, found)))
+    print(f"\n{tuning_report.command(study, found)}\n\n{folder / 'report.md'}\n{folder / 'report.html'}")
+    left = [run for run in results["runs"] if run["status"] not in (runs.FINISHED, runs.DIVERGED)]
+    for run in left:
+        print(f"{run['name']} {run['status']}", file=sys.stderr)
+    return next((run["exit_code"] for run in left if run["exit_code"]), int(bool(left)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
