@@ -32,7 +32,7 @@ from ml_collections import ConfigDict
 from experiments.child import Interrupted, checked, run_child
 from experiments.flags import OVERRIDES, Parser, as_folder, load_config, make_folder
 from research import sizes
-from research.analysis import archive, findings, report
+from research.analysis import archive, findings, noise, report
 from research.analysis.study import FINISHED, SETTINGS, Key
 from research.analysis.tables import duration
 from research.config import ConfigError
@@ -276,6 +276,7 @@ def write_report(workdir: Path) -> int:
     if not keys:
         raise ConfigError("--workdir", str(workdir), "holds no study (no ablation.json) and no results.json")
     archive.save(archive.collect(workdir, keys, exit_codes), workdir / "report")
+    noise.copy(workdir, workdir / "report")
     return _conclude(workdir / "report", exit_codes)
 
 

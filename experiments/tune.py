@@ -77,10 +77,11 @@ def main(argv: Sequence[str] | None = None, train: Sequence[str] = TRAIN, check:
             return code
         make_folder(plan.workdir)
         ledger.write(plan.workdir / STATE, state | plan.identity | {"limit": plan.limit})
-        for strategy in plan.given:
-            for value in values(plan, strategy):
-                title = f"{run_name(plan, strategy, value)}: {plan.field}={value:g}"
+        for place, strategy in enumerate(plan.given, 1):
+            for number, value in enumerate(values(plan, strategy), 1):
+                where = f"{strategy} ({place} of {len(plan.given)}), value {number} of 3 to {plan.limit}"
                 line = command(plan, strategy, value, train)
+                title = f"{where}: {plan.field}={value:g}"
                 ledger.ensure(plan.workdir / STATE, run_name(plan, strategy, value), line, title)
         return report_only(plan.workdir)
     except ConfigError as error:

@@ -52,11 +52,7 @@ def load(workdir: str | os.PathLike) -> Loaded:
 
     Raises: ConfigError where the folder holds no run or no checkpoint; checkpoint.DamagedError where none can be read.
     """
-    folder = Path(workdir)
-    try:
-        config = ConfigDict(json.loads((folder / "config.json").read_bytes()))
-    except (OSError, ValueError) as error:
-        raise ConfigError("workdir", str(workdir), f"holds no run whose config.json can be read: {error}") from error
+    folder, config = Path(workdir), read_config(workdir)
     if not (folder / "checkpoints").is_dir():
         raise ConfigError("workdir", str(workdir), "holds no checkpoint yet; run its command again")
     config.mesh.update(data=1, expert=1, seq=1, fsdp=False)
@@ -72,3 +68,11 @@ def load(workdir: str | os.PathLike) -> Loaded:
     file = folder / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(file)) if file.exists() else None
     return Loaded(model, state.params, mesh, config, tokenizer, int(state.step))
+
+
+def read_config(workdir: str | os.PathLike) -> ConfigDict:
+    """The config of a run's folder. Raises: ConfigError where there is none."""
+    try:
+        return ConfigDict(json.loads((Path(workdir) / "config.json").read_bytes()))
+    except (OSError, ValueError) as error:
+        raise ConfigError("workdir", str(workdir), f"holds no run whose config.json can be read: {error}") from error

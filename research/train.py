@@ -77,7 +77,7 @@ def _run(config, workdir, corpus, suites, clocks) -> dict[str, Any]:
         if finished is not None:
             print(f"{workdir}: finished before, at step {finished['steps']}", file=sys.stderr)
             return finished
-        _keep_compiled(config)
+        keep_compiled(config)
         files.write_json(os.path.join(workdir, "environment.json"), metrics.environment())
         files.write_json(os.path.join(workdir, "data_manifest.json"), corpus.manifest)
         if corpus.tokenizer is not None:
@@ -98,7 +98,7 @@ def _run(config, workdir, corpus, suites, clocks) -> dict[str, Any]:
             return _train(this)
 
 
-def _keep_compiled(config: Any) -> None:
+def keep_compiled(config: Any) -> None:
     """What is compiled is kept beside the corpora, so that the next run of these shapes starts at once.
 
     Without effect where JAX has compiled before, or has a folder of its own (JAX_COMPILATION_CACHE_DIR).

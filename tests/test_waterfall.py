@@ -275,7 +275,7 @@ def test_every_difference_stands_in_both_reports_with_its_p(finished):
     page = (finished / "report" / "report.html").read_text()
     for row, (stage, pair) in zip(rows, pairs, strict=True):
         assert row[:3] == (str(stage["number"]), stage["name"], f"{pair['a']} - {pair['b']}")
-        assert row[3].startswith(f"{pair['mean']:+.4f} [{pair['low']:+.4f}") and row[4] == f"{pair['p_holm']:.3g}"
+        assert row[3].startswith(f"{pair['mean']:+.4f} [{pair['low']:+.4f}") and row[4] == f"{pair['p_holm']:.1g}"
         lower = min(stage["rows"], key=lambda r: (r["strategy"] not in (pair["a"], pair["b"]), r["loss"]))
         assert (row[5] == lower["strategy"]) == pair["shown"]
         assert str(markup.inline(row[3])) in page and str(markup.inline(row[2])) in page

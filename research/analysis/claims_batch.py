@@ -1,14 +1,36 @@
 """Claims about the size of the batch by itself, which strategies of equal tokens per step cannot decide: what would."""
 
-from research.analysis import evidence
-from research.analysis.evidence import UNTESTED, Analysis, Judged, arms
+from collections.abc import Mapping
+
+from research.analysis import evidence, noise_report
+from research.analysis.evidence import CONDITIONS, FAILS, UNTESTED, Analysis, Judged, arms
 
 
 def noise(analysis: Analysis) -> Judged:
-    return UNTESTED, _not_varied(analysis) + (
-        " The noise of the gradient was not measured: gradients of single rows at fixed weights, for several numbers "
-        "of rows of one length, would tell."
-    )
+    """By how much longer rows raise the gradient's variance at equal tokens, at weights trained at every length."""
+    found = analysis.get("noise") or []
+    if not found:
+        return UNTESTED, _not_varied(analysis) + (
+            " The noise of the gradient was not measured: experiments.noise measures it at the weights of this study."
+        )
+    text = " ".join(noise_report.finding(found))
+    totals = [run["ratios"]["total"] for run in found if "total" in run["ratios"]]
+    places = [run["ratios"]["place"] for run in found if "place" in run["ratios"]]
+    each = ", ".join(f"{run['strategy']} {_ratio(run['ratios']['place'])}" for run in found if "place" in run["ratios"])
+    text += f" Neighbouring rows instead of rows of many places, of one length and as many tokens: {each} times."
+    text += " How stable training is was not measured."
+    if totals and all(ratio["low"] > 1 for ratio in (*totals, *places)):
+        lengths = [run["ratios"]["length"] for run in found if "length" in run["ratios"]]
+        alone = lengths and all(ratio["low"] <= 1 <= ratio["high"] for ratio in lengths)
+        why = " At equal tokens more rows are less noise"
+        return CONDITIONS, text + why + (", as they come from more places and for no other reason." if alone else ".")
+    if totals and all(ratio["high"] < 1 for ratio in totals):
+        return FAILS, text
+    return UNTESTED, text + " This does not decide: more pieces of text (--batches) or longer rows would tell."
+
+
+def _ratio(found: Mapping[str, float]) -> str:
+    return f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
 
 
 def progress(analysis: Analysis) -> Judged:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator, PercentFormatter
 
-from research.analysis import context_figures
+from research.analysis import context_figures, noise, noise_report
 from research.analysis.page import Picture
 from research.analysis.style import FAINT, INK, LOOK, legend, name_of, save, styles_of, trained_length
 
@@ -21,6 +21,7 @@ ALTS = {
     "decomposition": "Differences between strategies, split into row length and diversity",
     "places": "Loss by place in the window and in the document",
     "matrix": "Held-out loss by trained length and context at evaluation",
+    "noise": "Variance of the gradient and noise scale by the rows' length",
     "recall": "Accuracy on the recall task by distance",
     "costs": "Step time, tokens per second and memory",
 }
@@ -52,6 +53,8 @@ def _figures(analysis: dict[str, Any], styles: Styles) -> dict[str, Figure]:
         figures["budgets"] = budgets_figure(analysis, styles)
     if analysis["decomposition"]:
         figures["decomposition"] = decomposition_figure(analysis)
+    if analysis.get("noise"):
+        figures["noise"] = noise_report.figure(analysis["noise"], styles, noise.tokens_per_step(analysis))
     if analysis["recall"]:
         figures["recall"] = recall_figure(analysis, styles)
     return figures

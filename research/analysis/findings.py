@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from research.analysis import budgets, recall
+from research.analysis import budgets, noise_report, recall
 from research.analysis.comparison import difference_of
 from research.analysis.original import RANKING
 
@@ -18,6 +18,7 @@ def as_list(analysis: dict[str, Any]) -> str:
         [warning] * leaking
         + same_targets(analysis)
         + why(analysis)
+        + noise_report.finding(analysis.get("noise", ()))
         + more_context(analysis)
         + scarce(analysis)
         + recalls(analysis)

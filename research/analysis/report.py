@@ -14,6 +14,8 @@ from research.analysis import (
     decomposition,
     figures,
     findings,
+    noise,
+    noise_report,
     protocol,
     reach,
     recall,
@@ -40,7 +42,8 @@ def write(folder: Path) -> dict[str, Any]:
     missing or damaged.
     """
     runs = archive.load(folder)
-    results = archive.read_json(folder / "results.json") | {"analysis": analyse(runs)}
+    analysis = analyse(runs) | {"noise": noise.analyse(noise.read(folder))}
+    results = archive.read_json(folder / "results.json") | {"analysis": analysis}
     write_json(folder / "results.json", results)
     render(results, folder)
     return results
@@ -90,6 +93,7 @@ def parts(results: Mapping[str, Any], drawn: Mapping[str, Picture]) -> list[Part
         context_section.section(analysis, drawn),
         _with(budgets.section(analysis), drawn, "budgets"),
         _with(decomposition.section(analysis), drawn, "decomposition"),
+        _with(noise_report.section(analysis.get("noise", ()), noise.tokens_per_step(analysis)), drawn, "noise"),
         _with(recall.section(analysis), drawn, "recall"),
         _with(tables.costs(analysis), drawn, "costs") if scored else None,
         tables.original_section(analysis),
