@@ -11,7 +11,7 @@ def noise(analysis: Analysis) -> Judged:
     found = analysis.get("noise") or []
     if not found:
         return UNTESTED, _not_varied(analysis) + (
-            " The noise of the gradient was not measured: experiments.noise measures it at the weights of this study."
+            " The noise of the gradient was not measured: experiments.noise, at the weights of this study, would tell."
         )
     text = " ".join(noise_report.finding(found))
     totals = [run["ratios"]["total"] for run in found if "total" in run["ratios"]]
