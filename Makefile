@@ -1,5 +1,5 @@
 # make ablation  set up, then train the three strategies on real text and compare them (about 5 minutes on 2 cores)
-# make study     the same with three seeds, both orders of the data, and the recall task (about 40 minutes)
+# make study     the same with three seeds, both orders of the data, the recall task, and the noise of the gradient (about 40 minutes)
 # make test      set up, then all tests (8 to 15 minutes on 2 cores of a shared machine)
 # make parity    the model and optimisers against PyTorch, which this installs
 # make hub       data sets and tokenizers by name, against a server on this machine
@@ -19,6 +19,7 @@ ablation: $(VENV)/ready
 study: $(VENV)/ready
 	$(BIN)/python -m experiments.ablation --scale=cpu --workdir=runs/study --seeds=42,43,44 \
 		--settings=independent,paired,recall
+	$(BIN)/python -m experiments.noise --workdir=runs/study
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile

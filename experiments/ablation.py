@@ -124,8 +124,10 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
     given = {override.partition("=")[0] for override in arguments.overrides}
     for strategy, overrides in arguments.own.items():
         own = {override.partition("=")[0] for override in overrides}
-        if "--config.seed" in own:
-            raise ConfigError(f"{strategy}.seed", "given", "a seed is of every strategy: give --config.seed or --seeds")
+        for field in (name.removeprefix("--config.") for name in sorted(own)):
+            if field.startswith(("seed", "data.", "eval.")):  # or their losses would be of unlike targets
+                message = "is one for all strategies: give it as --config.field=value"
+                raise ConfigError(f"--{strategy}.{field}", "given", message)
         given |= own & {"--config.batch_size", "--config.memory_budget"}
     for setting in arguments.settings:
         if setting not in SETTINGS:

@@ -3,8 +3,9 @@
 `loss` is a function of a value: nats per token, inf where the run diverged, None where it failed or was not made.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping
+
+from research.analysis.runs import lowest
 
 Loss = Callable[[float], float | None]
 STEP = 2.0  # between neighbours
@@ -25,24 +26,21 @@ def grow(loss: Loss, middle: float, limit: int) -> Iterator[float]:
         yield from values
         tried.update(values)
         losses = known(loss, middle)  # those of an earlier command too
-        found = [*losses, *following(losses, limit)]
+        found = [*losses, *following(losses, middle, limit)]
         values = [value for value in found if value not in tried]  # one that failed is not tried again
 
 
-def following(losses: Mapping[float, float | None], limit: int) -> list[float]:
-    """The value beyond the edge that the lowest loss lies on, one or none; none while a loss is not known (None)."""
-    lowest = best(losses)
-    if lowest is None or None in losses.values() or len(losses) >= limit:
+def following(losses: Mapping[float, float | None], middle: float, limit: int) -> list[float]:
+    """The value beyond the edge that the lowest loss lies on, one or none; none while a loss is not known (None).
+
+    Where all diverged: the value below.
+    """
+    best = lowest(losses, middle)
+    if None in losses.values() or len(losses) >= limit:
         return []
-    if lowest == max(losses):
-        return [lowest * STEP]
-    return [lowest / STEP] if lowest == min(losses) else []
-
-
-def best(losses: Mapping[float, float | None]) -> float | None:
-    """The value of the lowest loss; None where none is known."""
-    finite = {value: loss for value, loss in losses.items() if loss is not None and math.isfinite(loss)}
-    return min(finite, key=finite.__getitem__) if finite else None
+    if best == max(losses):
+        return [best * STEP]
+    return [min(losses) / STEP] if best in (None, min(losses)) else []
 
 
 def known(loss: Loss, middle: float) -> dict[float, float | None]:

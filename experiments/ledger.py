@@ -30,6 +30,7 @@ def ensure(path: Path, name: str, command: Sequence[str], title: str) -> None:
     """
     folder, state = path.parent / name, read(path)
     if (folder / "result.json").exists() or state["exit_codes"].get(name) == DIVERGED_CODE:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # no one goes on with a finished run
         return
     print(title, flush=True)
     began = time.monotonic()
@@ -39,10 +40,12 @@ def ensure(path: Path, name: str, command: Sequence[str], title: str) -> None:
         _record(path, state, name, stopped.code, time.monotonic() - began)
         raise
     _record(path, state, name, code, time.monotonic() - began)
-    if code:
+    if code == DIVERGED_CODE:
+        print(f"{name} diverged", file=sys.stderr, flush=True)
+    elif code:
         print(f"{name} failed: exit code {code}: {shlex.join(command)}", file=sys.stderr, flush=True)
     else:
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # no one goes on with a finished run
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 def _record(path: Path, state: dict[str, Any], name: str, code: int, seconds: float) -> None:

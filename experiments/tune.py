@@ -13,11 +13,11 @@ failed, or 1.
 """
 
 import argparse
+import dataclasses
 import math
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ STATE = "tune.json"  # what the study is, and how each run ended
 SHORT = {"train.eval_every": "0", "train.keep_last": "1", "train.keep_best": "False"}
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """A study as its arguments describe it. `overrides`: of all runs, field -> value as on a command line."""
 
@@ -48,12 +48,13 @@ class Plan:
     overrides: Mapping[str, str]
     given: Mapping[str, float]  # strategy -> the value of its config, the middle of its grid
     seed: int
+    shortest: int  # rows of all strategies, in tokens: the context that ranks fits in them
 
     @property
     def identity(self) -> dict[str, Any]:
         """What a folder holds one of: with other strategies, losses may be at another context."""
-        overrides = dict(sorted(self.overrides.items()))
-        return {"scale": self.scale, "field": self.field, "overrides": overrides, "given": dict(self.given)}
+        about = {name: getattr(self, name) for name in ("scale", "field", "seed", "shortest")}
+        return about | {"overrides": dict(sorted(self.overrides.items())), "given": dict(self.given)}
 
 
 def main(argv: Sequence[str] | None = None, train: Sequence[str] = TRAIN, check: Sequence[str] = CHECK) -> int:
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None, train: Sequence[str] = TRAIN, check:
         ledger.write(plan.workdir / STATE, state | plan.identity | {"limit": plan.limit})
         for place, strategy in enumerate(plan.given, 1):
             for number, value in enumerate(values(plan, strategy), 1):
-                where = f"{strategy} ({place} of {len(plan.given)}), value {number} of 3 to {plan.limit}"
+                where = f"{strategy} ({place} of {len(plan.given)}), value {number}, of {plan.limit} at most"
                 line = command(plan, strategy, value, train)
                 title = f"{where}: {plan.field}={value:g}"
                 ledger.ensure(plan.workdir / STATE, run_name(plan, strategy, value), line, title)
@@ -99,7 +100,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     parser.add_argument("--workdir", type=as_folder, required=True, help="each run gets a folder in it")
     parser.add_argument("--strategies", type=names, default=list(STRATEGIES), help="names of configs/*.py")
     parser.add_argument("--field", default="optimizer.learning_rate", help="of the config, a number above 0")
-    parser.add_argument("--limit", type=int, default=6, help="values tried for one strategy, at most; default 6")
+    parser.add_argument("--limit", type=int, default=6, help="a strategy's values: none is added beyond; default 6")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--dry_run", action="store_true", help="print the commands, run nothing")
     mode.add_argument("--check_only", action="store_true", help="check the configs, run nothing")
@@ -132,18 +133,22 @@ def make_plan(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> Pl
     if not any(5 * context // 4 <= shortest for context in first.eval.contexts):
         message = f"none fits in the shortest length, {shortest}: give one of {shortest * 4 // 5} or less"
         raise ConfigError("config.eval.contexts", tuple(first.eval.contexts), message)
+    if first.data.shuffle_block:
+        message = "every run draws its rows independently; leave it out"
+        raise ConfigError("config.data.shuffle_block", first.data.shuffle_block, message)
     given = {name: _value(config, arguments.field) for name, config in configs.items()}
-    return Plan(
-        arguments.workdir, arguments.scale, arguments.field, arguments.limit, dict(overrides), given, first.seed
-    )
+    about = arguments.workdir, arguments.scale, arguments.field, arguments.limit
+    return Plan(*about, dict(overrides), given, first.seed, shortest)
 
 
 def _value(config: ConfigDict, field: str) -> float:
     found: Any = config
     for part in field.split("."):
         found = found.get(part) if isinstance(found, ConfigDict) else None
-    if not isinstance(found, float) or not (math.isfinite(found) and found > 0):
-        raise ConfigError("--field", field, "name a field that is a fraction above 0, such as optimizer.learning_rate")
+    known = isinstance(found, float) and math.isfinite(found) and found > 0
+    if not known or field.partition(".")[0] not in ("optimizer", "model"):
+        message = "name a fraction above 0 of the optimizer or the model, such as optimizer.learning_rate"
+        raise ConfigError("--field", field, message)
     return found
 
 
@@ -173,19 +178,24 @@ def loss(plan: Plan, strategy: str, value: float) -> float | None:
     if ledger.read(plan.workdir / STATE)["exit_codes"].get(run) == runs.DIVERGED_CODE:
         return math.inf
     result = runs.read_result(plan.workdir / run)
-    return None if result is None else runs.shared_loss(result, shortest(plan))
-
-
-def shortest(plan: Plan) -> int:
-    return min(load_strategy(name, plan.scale, _flags(plan.overrides)).seq_len for name in plan.given)
+    return None if result is None else runs.shared_loss(result, plan.shortest)
 
 
 def check_all(plan: Plan) -> int:
-    """What a run of each strategy would stop at, before the first one starts. Raises: ConfigError."""
-    from research import train  # in this child alone JAX starts
+    """Checks the config of each first value, and that the runs there are have no other.
 
-    for strategy, value in plan.given.items():
-        train.prepare(load_strategy(strategy, plan.scale, _flags(SHORT | dict(plan.overrides) | {plan.field: value})))
+    Raises: ConfigError for the first mistake.
+    """
+    from research import checkpoint, planner, train  # in this child alone JAX starts
+
+    for strategy, middle in plan.given.items():
+        for value in dict.fromkeys([*grid.first(middle), *grid.known(lambda v, s=strategy: loss(plan, s, v), middle)]):
+            folder = plan.workdir / run_name(plan, strategy, value)
+            fields = SHORT | dict(plan.overrides) | {plan.field: repr(value)}
+            config = planner.planned(load_strategy(strategy, plan.scale, _flags(fields)), str(folder))
+            fingerprint = train.prepare(config)[0].fingerprint
+            if (folder / "config.json").exists():
+                checkpoint.refuse_another(folder, config.to_dict(), fingerprint)
     return 0
 
 
@@ -205,21 +215,30 @@ def report_only(workdir: Path) -> int:
     state = ledger.read(workdir / STATE)
     if "given" not in state:
         raise ConfigError("--workdir", str(workdir), f"holds no tuning: neither {STATE} nor results.json")
-    flags = _flags(state["overrides"])
-    seed = load_strategy(next(iter(state["given"])), state["scale"], flags).seed
-    identity = (state[key] for key in ("scale", "field", "limit", "overrides", "given"))
-    plan = Plan(workdir, *identity, seed)
+    try:
+        plan = Plan(workdir, *(state[field.name] for field in dataclasses.fields(Plan)[1:]))
+    except KeyError as error:
+        message = f"{STATE} is damaged (no {error}); remove it and give the study's command again: no run is lost"
+        raise ConfigError("--workdir", str(workdir), message) from None
     grids = {s: {run_name(plan, s, value): value for value in values(plan, s)} for s in plan.given}
-    study = plan.identity | {"seed": seed, "grids": grids}
+    study = plan.identity | {"overrides": _public(plan.identity["overrides"]), "grids": grids}
     runs.gather(workdir, study, [run for grid in grids.values() for run in grid], state, workdir / "report")
     return _conclude(workdir / "report")
+
+
+def _public(overrides: Mapping[str, str]) -> dict[str, str]:
+    """Without folders, which say nothing to another machine."""
+    kept = {name: value for name, value in overrides.items() if name != "data.cache_dir"}
+    return {name: Path(value).name if Path(value).is_absolute() else value for name, value in kept.items()}
 
 
 def _conclude(folder: Path) -> int:
     results = tuning.write(folder)
     study, found = results["study"], results["analysis"]["tuning"]
     print("\n" + "\n".join(f"- {said}" for said in tuning_report.findings(study, found)))
-    print(f"\n{tuning_report.command(study, found)}\n\n{folder / 'report.md'}\n{folder / 'report.html'}")
+    if go_on := tuning_report.command(study, found):
+        print(f"\n{go_on}")
+    print(f"\n{folder / 'report.md'}\n{folder / 'report.html'}")
     left = [run for run in results["runs"] if run["status"] not in (runs.FINISHED, runs.DIVERGED)]
     for run in left:
         print(f"{run['name']} {run['status']}", file=sys.stderr)

@@ -117,13 +117,12 @@ def _identity(plan: Plan) -> dict[str, Any]:
 
 def losses_of(plan: Plan) -> Losses:
     """The loss that a run is ranked by, read from its folder."""
-    shortest = min(length for _, length in plan.shapes.equal_shapes)
 
     def loss(run: Run) -> float | None:
         if ledger.read(plan.workdir / STATE)["exit_codes"].get(run.name) == runs.DIVERGED_CODE:
             return math.inf
         result = runs.read_result(plan.workdir / run.name)
-        return None if result is None else runs.shared_loss(result, shortest)
+        return None if result is None else runs.shared_loss(result, plans.shortest(plan))
 
     return loss
 

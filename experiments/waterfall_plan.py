@@ -8,6 +8,7 @@ from typing import Any
 from configs.waterfall import SCALES, STRATEGIES, Scale
 from experiments import grid
 from experiments.flags import load_config
+from research.analysis.runs import lowest
 from research.config import ConfigError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -183,7 +184,7 @@ def rates(plan: Plan, strategy: str, losses: Losses) -> Iterator[Run]:
 
 def best_rate(plan: Plan, strategy: str, losses: Losses) -> float:
     """Of those tried so far; the config's where none has a loss."""
-    return grid.best(grid.known(_loss_at(plan, strategy, losses), plan.rate)) or plan.rate
+    return lowest(grid.known(_loss_at(plan, strategy, losses), plan.rate), plan.rate) or plan.rate
 
 
 def _loss_at(plan: Plan, strategy: str, losses: Losses) -> grid.Loss:
@@ -203,7 +204,13 @@ def study(plan: Plan, losses: Losses) -> dict[str, Any]:
         stages.append(entry | {"leaking": stage.condition == "leaking", "runs": runs})
     tuned = STRATEGIES if plan.until >= BEST else ()
     grids = {s: {run.name: run.rate for run in rates(plan, s, losses)} for s in tuned}
-    return {"scale": plan.scale, "tuning_seed": plan.tuning_seed, "stages": stages, "grids": grids}
+    about = {"scale": plan.scale, "tuning_seed": plan.tuning_seed, "rate": plan.rate, "shortest": shortest(plan)}
+    return about | {"stages": stages, "grids": grids}
+
+
+def shortest(plan: Plan) -> int:
+    """The rows' length (tokens) that the shared context of every stage fits."""
+    return min(length for _, length in plan.shapes.equal_shapes)
 
 
 def describe(plan: Plan, train: Sequence[str]) -> list[str]:

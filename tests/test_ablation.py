@@ -154,7 +154,9 @@ def test_a_missing_seed_is_in_the_report_and_in_the_exit_code(tmp_path):
         (["--long_sq.optimizer.learning_rate=0.02"], "'--long_sq.optimizer.learning_rate=0.02'"),
         (["--strategies=balanced", "--long_seq.train.steps=2"], "'--long_seq.train.steps=2'"),
         (["--balanced.model.depth=4"], "config.model.depth='4'"),
-        (["--balanced.seed=1"], "balanced.seed"),
+        (["--balanced.seed=1"], "--balanced.seed"),
+        (["--balanced.data.split_seed=1"], "--balanced.data.split_seed"),
+        (["--balanced.eval.num_targets=64"], "--balanced.eval.num_targets"),
     ],
 )
 def test_a_mistake_is_one_line_and_starts_nothing(tmp_path, capsys, arguments, named):

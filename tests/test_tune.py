@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,22 +16,30 @@ from experiments import tune as script
 from experiments.child import Interrupted
 from experiments.flags import load_config
 from research.analysis import bootstrap, tuning_report
-from research.analysis.runs import DIVERGED_CODE
+from research.analysis.runs import DIVERGED_CODE, lowest
 from research.analysis.study import Key
 from tests.fake_runs import MERITS, write_run
 
 BEST = {"large_batch": 0.04, "balanced": 0.16, "long_seq": 0.01}  # of the fake runs
 SEED = 42
+commands: dict[str, dict[str, str]] = {}
 
 
-def tune(workdir: Path, *arguments: str, exits: dict[str, int] | None = None, stops: str = "") -> int:
-    """A tuning whose children are fakes in this process. `exits`: run -> exit code; `stops`: a signal comes."""
+def tune(
+    workdir: Path, *arguments: str, exits: dict[str, int] | None = None, stops: str = "", checked: int = 0,
+    loss_of=lambda strategy, value: MERITS[strategy]["offset"] + 0.05 * math.log2(value / BEST[strategy]) ** 2,
+) -> int:  # fmt: skip
+    """A tuning whose children are fakes in this process, their commands kept in `commands`.
+
+    exits: run -> exit code; stops: the run that a signal stops; checked: the exit code of the check.
+    """
 
     def run_child(command: Sequence[str]) -> int:
         if command[0] == "check":
-            return 0
+            return checked
         fields = dict(part.removeprefix("--config.").split("=", 1) for part in command[2:])
         folder = Path(fields["--workdir"])
+        commands[folder.name] = fields
         with open(workdir / "calls", "a") as file:
             file.write(f"{folder.name}\n")
         if folder.name == stops:
@@ -38,8 +47,7 @@ def tune(workdir: Path, *arguments: str, exits: dict[str, int] | None = None, st
         if code := (exits or {}).get(folder.name):
             return code
         strategy, value = Path(command[1].partition(":")[0]).stem, float(fields["optimizer.learning_rate"])
-        offset = MERITS[strategy]["offset"] + 0.05 * math.log2(value / BEST[strategy]) ** 2
-        write_run(folder, Key(strategy, f"{value}", SEED), offset=offset, noise=0.02, spread=0.0)
+        write_run(folder, Key(strategy, f"{value}", SEED), offset=loss_of(strategy, value), noise=0.02, spread=0.0)
         (folder / "data_manifest.json").write_text(json.dumps({"files": {"heldout.npy": {"sha256": "the same"}}}))
         (folder / "checkpoints").mkdir()
         return 0
@@ -125,9 +133,15 @@ def test_findings_say_what_the_numbers_are(finished):
     assert f"long_seq: lowest at 0.01, {best['loss']:.3f} nats per token, {given['above']['mean']:.3f} [" in said[2]
     assert "below the config's 0.04" in said[2] and "edge" not in said[2]
     assert said[0].startswith("large_batch: lowest at 0.04") and "below" not in said[0]
-    assert "Each at its best: large_batch (" in said[3] and "the order is the same" in said[3]
+    assert "Each at its best, the order is large_batch (" in said[3] and "it is the same" in said[3]
+    gap = found["compared"]["best"]["pairs"][1]
+    assert (gap["a"], gap["b"]) == ("large_batch", "long_seq") and gap["mean"] < 0
+    assert f"{gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}] at their best" in said[4]
     found["compared"]["given"]["rows"].reverse()
-    assert "at the config's values it was long_seq (" in tuning_report.findings(results["study"], found)[3]
+    found["compared"]["given"]["pairs"][0]["shown"] = False
+    turned = tuning_report.findings(results["study"], found)[3]
+    assert "at the config's values it is long_seq (" in turned
+    assert turned.endswith(" (no difference shown: large_batch and balanced).")
 
 
 def test_the_command_that_it_ends_with_is_an_ablation_of_its_best_values(finished, capsys):
@@ -136,7 +150,7 @@ def test_the_command_that_it_ends_with_is_an_ablation_of_its_best_values(finishe
     assert f"`{command}`" in (finished / "report" / "report.md").read_text()
     prefix = "python -m experiments.ablation "
     assert command.startswith(prefix)
-    assert ablation.main([*command.removeprefix(prefix).split(), "--dry_run"], train=("train",)) == 0
+    assert ablation.main([*shlex.split(command.removeprefix(prefix)), "--dry_run"], train=("train",)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 9 and not any(f"seed={SEED}" in line for line in lines)
     for line in lines:
@@ -144,6 +158,89 @@ def test_the_command_that_it_ends_with_is_an_ablation_of_its_best_values(finishe
         strategy = Path(words[1].removeprefix("--config=").partition(":")[0]).stem
         config = load_config(words[1].removeprefix("--config="), [w for w in words if w.startswith("--config.")])
         assert config.optimizer.learning_rate == BEST[strategy]
+
+
+def test_what_is_given_reaches_every_run_the_report_and_the_command(tmp_path, capsys):
+    own = ["--config.seed=7", "--config.train.steps=9", "--config.optimizer.learning_rate=0.03", "--limit=3"]
+    own += ["--config.eval.contexts=(24,96)", f"--config.data.cache_dir={tmp_path}"]
+    commands.clear()
+    assert tune(tmp_path, *own) == 0
+    assert len(commands) == 9
+    for name, fields in commands.items():
+        strategy, field, value, seed = name.split("-")
+        assert (field, seed) == ("learning_rate", "seed7")
+        assert float(fields["optimizer.learning_rate"]) == float(value) and float(value) in (0.015, 0.03, 0.06)
+        assert (fields["seed"], fields["train.steps"], fields["train.eval_every"]) == ("7", "9", "0")
+    printed = capsys.readouterr().out
+    line = next(line for line in printed.splitlines() if line.startswith("python -m"))
+    assert "--seeds=8,9,10" in line and "--config.train.steps=9" in line and "--config.seed" not in line
+    assert "'--config.eval.contexts=(24,96)'" in line  # as a shell takes it
+    assert str(tmp_path) not in (tmp_path / "report" / "report.md").read_text()
+    before = (tmp_path / "report" / "report.md").read_bytes()
+    assert tune(tmp_path, "--report_only") == 0 and (tmp_path / "report" / "report.md").read_bytes() == before
+
+
+def test_a_check_that_fails_starts_nothing(tmp_path):
+    assert tune(tmp_path / "x", checked=2) == 2
+    assert not (tmp_path / "x").exists()
+
+
+def test_every_first_value_is_checked_and_runs_of_another_config_are_refused(tmp_path, capsys):
+    small = ["--config.eval.num_targets=480", "--config.eval.own_targets=2048", f"--config.data.cache_dir={tmp_path}"]
+    small += ["--config.data.source=text", f"--config.data.path={Path(ablation.__file__).parents[1] / 'tests'}"]
+    small += ["--config.model.vocab_size=512", "--config.train.tokens=65536", "--strategies=large_batch"]
+    assert script.main([f"--workdir={tmp_path / 'x'}", "--check_only", *small]) == 0
+    assert script.main([f"--workdir={tmp_path / 'x'}", "--check_only", "--field=optimizer.beta2", *small]) == 2
+    assert "config.optimizer.beta2=1.998" in capsys.readouterr().err
+    folder = tmp_path / "x" / "large_batch-learning_rate-0.02-seed42"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"seed": 1}))
+    assert script.main([f"--workdir={tmp_path / 'x'}", "--check_only", *small]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_field_that_changes_nothing_keeps_the_configs_value(tmp_path, capsys):
+    assert tune(tmp_path, "--strategies=balanced", loss_of=lambda strategy, value: 0.0) == 0
+    grid = found_in(tmp_path)["grids"]["balanced"]
+    losses = [entry["loss"] for entry in grid["tried"]]
+    assert grid["best"] == (0.04 if min(losses) == max(losses) else grid["tried"][losses.index(min(losses))]["value"])
+    assert lowest({0.02: 1.0, 0.04: 1.0, 0.08: 1.0}, 0.04) == 0.04 and lowest({1.0: None, 2.0: math.inf}, 1.0) is None
+    said = tuning_report.findings(dict(seed=1), found_of([3.0, 3.0, 3.0]))[0]
+    assert said == "balanced: the field changes nothing here, every value has a loss of 3.000 nats per token."
+
+
+def found_of(losses: Sequence[float | None], status: Sequence[str] = ("finished",) * 3) -> dict:
+    """An analysis of one strategy at 0.02, 0.04 and 0.08."""
+    tried = [
+        dict(value=value, run=f"r{value}", loss=loss, status=how, above=None)
+        for value, loss, how in zip((0.02, 0.04, 0.08), losses, status, strict=True)
+    ]
+    known = {entry["value"]: entry["loss"] for entry in tried}
+    grid = dict(tried=tried, best=lowest(known, 0.04), inside=False, given=0.04)
+    compared = {which: dict(rows=[], pairs=[]) for which in ("given", "best")}
+    return dict(grids={"balanced": grid}, compared=compared, unfinished=[])
+
+
+def test_a_value_that_failed_is_no_edge_and_no_loss_is_said_as_what_it_is():
+    failed = ("finished", "finished", "failed: exit code 137")
+    said = tuning_report.findings(dict(seed=1), found_of([3.1, 3.0, None], failed))[0]
+    assert "the grid is not whole (0.08 failed: exit code 137)" in said and "edge" not in said
+    said = tuning_report.findings(dict(seed=1), found_of([None] * 3, ("missing",) * 3))[0]
+    assert said == "balanced: no value has a loss (missing)."
+    assert tuning_report.command(dict(seed=1, scale="cpu", overrides={}, field="f"), found_of([None] * 3)) == ""
+
+
+def test_the_context_is_that_of_the_shortest_rows_whether_or_not_they_finished(tmp_path):
+    exits = {f"large_batch-learning_rate-{value}-seed42": 137 for value in (0.04, 0.02, 0.08)}
+    assert tune(tmp_path, "--strategies=large_batch,long_seq", exits=exits) == 137
+    found = found_in(tmp_path)
+    assert found["context"] == 96 and found["grids"]["long_seq"]["inside"]
+
+
+def test_where_all_diverge_lower_values_are_tried(tmp_path):
+    exits = {f"balanced-learning_rate-{value}-seed42": DIVERGED_CODE for value in (0.04, 0.02, 0.08, 0.01)}
+    assert tune(tmp_path, "--strategies=balanced", exits=exits) == 0
+    assert [entry["value"] for entry in found_in(tmp_path)["grids"]["balanced"]["tried"]][:2] == [0.0025, 0.005]
 
 
 def test_a_value_that_diverges_bounds_the_grid_and_one_that_fails_ends_it(tmp_path, capsys):
@@ -193,6 +290,8 @@ def test_the_report_is_made_again_from_its_own_files(finished, tmp_path):
         (["--field=optimizer.rate"], "--field='optimizer.rate'"),
         (["--field=optimizer"], "--field='optimizer'"),
         (["--field=batch_size"], "--field='batch_size'"),
+        (["--field=data.heldout_fraction"], "--field='data.heldout_fraction'"),  # other targets
+        (["--config.data.shuffle_block=2048"], "config.data.shuffle_block=2048"),
         (["--field=optimizer.muon_weight_decay"], "--field='optimizer.muon_weight_decay'"),  # 0 has no double
         (["--config.model.depth=4"], "config.model.depth='4'"),
         (["--config.eval.contexts=(512,)"], "give one of 102 or less"),

@@ -157,7 +157,7 @@ def test_the_grid_grows_until_its_optimum_lies_inside(best):
     if plan.rate / 8 < best < plan.rate * 8:
         assert low < lowest < high
     assert grid.known(lambda rate: losses(plans.make_run(plan, "balanced", "equal", rate, 42)), plan.rate) == made
-    assert grid.best(made) == lowest
+    assert runs.lowest(made, plan.rate) == lowest
     assert {run.rate for run in plans.rates(plan, "balanced", losses)} == set(made)  # as a report reads it later
 
 
@@ -166,7 +166,7 @@ def test_a_diverged_rate_bounds_the_grid_and_a_failed_one_ends_it():
     made = {}
     for run in plans.rates(plan, "balanced", lambda run: made.get(run.rate)):
         made[run.rate] = math.inf if run.rate > plan.rate else run.rate * -1
-    assert sorted(made) == [plan.rate / 2, plan.rate, plan.rate * 2] and grid.best(made) == plan.rate
+    assert sorted(made) == [plan.rate / 2, plan.rate, plan.rate * 2] and runs.lowest(made, plan.rate) == plan.rate
     tried = [run.rate for run in plans.rates(plan, "balanced", lambda run: None)]
     assert len(tried) == 3
     made = {}
@@ -275,7 +275,7 @@ def test_every_difference_stands_in_both_reports_with_its_p(finished):
     page = (finished / "report" / "report.html").read_text()
     for row, (stage, pair) in zip(rows, pairs, strict=True):
         assert row[:3] == (str(stage["number"]), stage["name"], f"{pair['a']} - {pair['b']}")
-        assert row[3].startswith(f"{pair['mean']:+.4f} [{pair['low']:+.4f}") and row[4] == f"{pair['p_holm']:.1g}"
+        assert row[3].startswith(f"{pair['mean']:+.4f} [{pair['low']:+.4f}") and row[4] == f"{pair['p_holm']:.2g}"
         lower = min(stage["rows"], key=lambda r: (r["strategy"] not in (pair["a"], pair["b"]), r["loss"]))
         assert (row[5] == lower["strategy"]) == pair["shown"]
         assert str(markup.inline(row[3])) in page and str(markup.inline(row[2])) in page

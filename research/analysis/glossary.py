@@ -45,6 +45,11 @@ TERMS: tuple[tuple[str, str], ...] = (
         "rows' length; the rest is that of the number of places that a step comes from, and, where a run does "
         "not see the whole text, that the run comes from (diversity). Both models are scored with the same context.",
     ),
+    (
+        "Noise of the gradient",
+        "How much the gradient of one piece of text differs from that of another, at fixed weights: the trace of their "
+        "covariance. The noise scale is the number of tokens whose mean gradient has as much noise as signal.",
+    ),
     ("Unigram entropy", "The loss of knowing only how often each token occurs. A model above it has learnt nothing."),
     (
         "Floor",

@@ -69,7 +69,7 @@ def tables(analysis: dict[str, Any]) -> list[Table]:
             f"{e['a']} at {e['context_a']:,}",
             f"{e['b']} at {e['context_b']:,}",
             signed(e),
-            "–" if e["p_holm"] is None else f"{e['p_holm']:.1g}",
+            "–" if e["p_holm"] is None else f"{e['p_holm']:.2g}",
             (e["a"] if e["mean"] < 0 else e["b"]) if e["shown"] else "no difference shown",
         )
         for e in pairs

@@ -3,6 +3,7 @@
 What is analysed is made of these two files; archive.py is for studies whose runs are known beforehand.
 """
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from research.analysis.archive import read_json, refuse_nan
 from research.config import ConfigError
 
 FINISHED, DIVERGED, MISSING = "finished", "diverged", "missing"
+_RUN = frozenset({"name", "status", "exit_code", "seconds", "result"})  # what an entry of results.json has
 DIVERGED_CODE = 3  # exit code of experiments.train: this run has no loss, and is not tried again
 
 
@@ -35,15 +37,21 @@ def shared_loss(result: Mapping[str, Any], shortest: int) -> float:
     return contexts[str(shared_context(contexts, shortest))]["loss"]
 
 
+def lowest(losses: Mapping[float, float | None], middle: float) -> float | None:
+    """The value of the lowest loss, of equal ones that nearest to `middle`; None where no loss is known."""
+    known = {value: loss for value, loss in losses.items() if loss is not None and math.isfinite(loss)}
+    return min(known, key=lambda value: (known[value], abs(math.log(value / middle))), default=None)
+
+
 def gather(
     workdir: Path, study: Mapping[str, Any], names: Sequence[str], state: Mapping[str, Any], folder: Path
 ) -> None:
     """Writes results.json (`study` and the runs) and heldout_losses.npz of run folders into `folder`.
 
-    names: of the runs' folders in `workdir`. state: `exit_codes` and `seconds` by run (experiments/ledger.py).
+    study: with `shortest`, the training length (tokens) that the shared context fits, and whatever its analysis has to
+    know. names: of the runs' folders in `workdir`. state: `exit_codes` and `seconds` by run (experiments/ledger.py).
     Raises: ConfigError where a file is damaged, or clean runs were not scored on the same targets.
     """
-    lengths = [run["seq_len"] for name in names if (run := read_result(workdir / name))]
     runs, arrays, targets = [], {}, None
     for name in names:
         run = _read_run(workdir / name, state)
@@ -51,7 +59,7 @@ def gather(
         if run["status"] != FINISHED or run["result"]["protocol"] != "clean":
             continue  # a leaking run's targets are text that it has trained on
         with np.load(workdir / name / "heldout_losses.npz") as file:
-            context = shared_context(run["result"]["eval"]["contexts"], min(lengths))
+            context = shared_context(run["result"]["eval"]["contexts"], study["shortest"])
             arrays[f"{name}/loss"] = file[f"loss_{context}"].astype(np.float16)
             found = run.pop("heldout"), file["document"], file["position"]
         targets = targets or found
@@ -98,6 +106,8 @@ def load(folder: Path, what: str, needed: str) -> tuple[dict[str, Any], dict[str
     results = read_json(folder / "results.json")
     if needed not in results.get("study", {}):
         raise ConfigError("--workdir", str(folder), f"its results.json is not a {what}'s")
+    if not isinstance(results.get("runs"), list) or any(_RUN - run.keys() for run in results["runs"]):
+        raise ConfigError("--workdir", str(folder), "its results.json is damaged; make it again")
     try:
         with np.load(folder / "heldout_losses.npz") as file:
             losses = dict(file)

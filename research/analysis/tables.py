@@ -68,7 +68,7 @@ def differences(analysis: dict[str, Any]) -> Section:
             f"{d['context']:,}",
             f"{d['a']} - {d['b']}",
             signed(d),
-            "–" if d["p_holm"] is None else f"{d['p_holm']:.1g}",
+            "–" if d["p_holm"] is None else f"{d['p_holm']:.2g}",
             verdict(d),
         )
         for d in analysis["differences"]

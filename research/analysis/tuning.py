@@ -13,23 +13,23 @@ import numpy as np
 from research import files
 from research.analysis import bootstrap, tuning_report
 from research.analysis.pairs import pairs_of, rounded
-from research.analysis.runs import DIVERGED, FINISHED, load, shared_context, shared_loss
+from research.analysis.runs import DIVERGED, FINISHED, load, lowest, shared_context, shared_loss
 
 _SEED = 0  # of the resampling
 
 
-def grid(values: Mapping[str, float], runs: Mapping[str, Any], shortest: int) -> dict[str, Any]:
+def grid(values: Mapping[str, float], runs: Mapping[str, Any], shortest: int, middle: float) -> dict[str, Any]:
     """A strategy's losses by value, the best, and whether a higher loss lies on both of its sides.
 
-    values: run -> value. runs: by name. shortest: training length (tokens) that the shared context fits.
+    values: run -> value. runs: by name. shortest: training length (tokens) that the shared context fits. middle: the
+    value that the grid began with.
     """
-    tried = []
+    tried, losses = [], {}
     for name, value in sorted(values.items(), key=lambda item: item[1]):
         result = runs[name]["result"]
-        loss = rounded(shared_loss(result, shortest)) if result else None
-        tried.append({"value": value, "run": name, "status": runs[name]["status"], "loss": loss})
-    known = {entry["value"]: entry["loss"] for entry in tried if entry["loss"] is not None}
-    best = min(known, key=known.__getitem__) if known else None
+        losses[value] = shared_loss(result, shortest) if result else None
+        tried.append({"value": value, "run": name, "status": runs[name]["status"], "loss": rounded(losses[value])})
+    best = lowest(losses, middle)
     settled = [entry["value"] for entry in tried if entry["status"] in (FINISHED, DIVERGED)]
     return {"tried": tried, "best": best, "inside": best is not None and min(settled) < best < max(settled)}
 
@@ -51,15 +51,15 @@ def analyse(
 ) -> dict[str, Any]:
     """Each strategy's grid, and the strategies beside each other at the config's value and at their best.
 
-    study: `scale`, `seed`, `field`, `overrides`, `given` (strategy -> the config's value) and `grids` (strategy ->
-    run -> value). losses: `<run>/loss` [n] nats at the shared context, `document` [n].
+    study: `scale`, `seed`, `shortest` (runs.py), `field`, `overrides`, `given` (strategy -> the config's value) and
+    `grids` (strategy -> run -> value). losses: `<run>/loss` [n] nats at the shared context, `document` [n].
     """
     by_name = {run["name"]: run for run in runs}
     results = [run["result"] for run in runs if run["result"]]
-    shortest = min((result["seq_len"] for result in results), default=0)
+    shortest = study["shortest"]
     grids = {}
     for strategy, values in study["grids"].items():
-        found = grid(values, by_name, shortest) | {"given": study["given"][strategy]}
+        found = grid(values, by_name, shortest, study["given"][strategy]) | {"given": study["given"][strategy]}
         best = next((entry["run"] for entry in found["tried"] if entry["value"] == found["best"]), None)
         for entry in found["tried"]:
             entry["above"] = _above(entry["run"], best, losses)

@@ -1,13 +1,16 @@
 """The report of a tuning, from results.json alone: what was found, the grids, the strategies at their best."""
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from research.analysis import protocol, tuning_figure
+from research.analysis.evidence import turned
 from research.analysis.page import Section, Table
 from research.analysis.render import Page, Part
 from research.analysis.render import write as write_page
+from research.analysis.runs import DIVERGED, FINISHED
 from research.analysis.tables import verdict
 
 
@@ -26,7 +29,7 @@ def write(results: Mapping[str, Any], folder: Path) -> None:
         Section("What was found", "\n".join(f"- {said}" for said in findings(study, found)), (), pictures),
         Section("Each value", "", (losses_table(found["grids"]), _above_table(found))),
         Section("The strategies beside each other", "", (_compared(found), _differences(found))),
-        Section("Go on", _next(study, found)),
+        *([Section("Go on", _next(study, found))] if command(study, found) else []),
     ]
     page = Page(
         title=f"Which {name}?",
@@ -73,52 +76,74 @@ def _facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
 def findings(study: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     """What the grids show, each sentence chosen by the numbers."""
     said = [_finding(strategy, grid) for strategy, grid in found["grids"].items()]
-    given, best = (found["compared"][which]["rows"] for which in ("given", "best"))
-    if len(best) > 1:
-        orders = [[row["strategy"] for row in rows] for rows in (given, best)]
-        kept = "the order is the same" if orders[0] == orders[1] else f"at the config's values it was {_order(given)}"
-        said.append(f"Each at its best: {_order(best)}; {kept}.")
-        pairs = {frozenset((p["a"], p["b"])): p for p in found["compared"]["best"]["pairs"]}
-        before = {frozenset((p["a"], p["b"])): p for p in found["compared"]["given"]["pairs"]}
-        ends = frozenset((best[0]["strategy"], best[-1]["strategy"]))
-        if ends in pairs and ends in before:
-            gaps = (f"{abs(p['mean']):.3f}{_range(p, abs_of=True)}" for p in (before[ends], pairs[ends]))
-            first, last = best[0]["strategy"], best[-1]["strategy"]
-            said.append("Between {} and {} lie {} at the config's values, {} at their best.".format(first, last, *gaps))
+    said += _orders(found["compared"])
     said.append(
         f"Chosen on seed {study['seed']} by the losses that are compared here: intervals cover the choice of "
-        "documents, neither the seed nor the choosing."
+        "documents, neither the seed nor the choosing, and a strategy with more values has had more to choose from."
     )
     if found["unfinished"]:
         said.append(f"Not finished: {', '.join(found['unfinished'])}.")
     return said
 
 
+def _orders(compared: Mapping[str, Any]) -> list[str]:
+    """The order of the strategies that have a loss at both values, at each; and the first minus the last."""
+    both = [{row["strategy"] for row in compared[which]["rows"]} for which in ("given", "best")]
+    names = both[0] & both[1]
+    given, best = ([row for row in compared[w]["rows"] if row["strategy"] in names] for w in ("given", "best"))
+    if len(names) < 2:
+        return []
+    same = [row["strategy"] for row in given] == [row["strategy"] for row in best]
+    kept = "at the config's values it is the same" if same else f"at the config's values it is {_order(given)}"
+    doubts = [_doubt(compared[which], names) for which in ("best", "given")]
+    said = [f"Each at its best, the order is {_order(best)}{doubts[0]}; {kept}{doubts[1]}."]
+    first, last = best[0]["strategy"], best[-1]["strategy"]
+    gaps = [_gap(compared[which]["pairs"], first, last) for which in ("given", "best")]
+    if all(gaps):
+        said.append(f"{first} minus {last}: {gaps[0]} at the config's values, {gaps[1]} at their best.")
+    return said
+
+
+def _doubt(compared: Mapping[str, Any], names: Collection[str]) -> str:
+    pairs = [p for p in compared["pairs"] if {p["a"], p["b"]} <= set(names) and not p["shown"]]
+    listed = "; ".join(f"{pair['a']} and {pair['b']}" for pair in pairs)
+    return f" (no difference shown: {listed})" if pairs else ""
+
+
+def _gap(pairs: Sequence[Mapping[str, Any]], a: str, b: str) -> str:
+    """Loss of `a` minus that of `b` with its interval, whichever way round it was compared; empty where it was not."""
+    for pair in pairs:
+        if {pair["a"], pair["b"]} == {a, b}:
+            pair = pair if pair["a"] == a else turned(pair)
+            return f"{pair['mean']:+.3f}{_signed(pair)}"
+    return ""
+
+
 def _finding(strategy: str, grid: Mapping[str, Any]) -> str:
     best = next((entry for entry in grid["tried"] if entry["value"] == grid["best"]), None)
     if best is None:
-        return f"{strategy}: no value gave a loss."
+        return f"{strategy}: no value has a loss ({', '.join(dict.fromkeys(e['status'] for e in grid['tried']))})."
+    losses = [entry["loss"] for entry in grid["tried"] if entry["loss"] is not None]
+    if len(losses) > 1 and min(losses) == max(losses):
+        return f"{strategy}: the field changes nothing here, every value has a loss of {losses[0]:.3f} nats per token."
     said = f"{strategy}: lowest at {best['value']:g}, {best['loss']:.3f} nats per token"
     given = next((entry for entry in grid["tried"] if entry["value"] == grid["given"]), None)
     if given is not best and given is not None and given["above"]:
         said += f", {given['above']['mean']:.3f}{_range(given['above'])} below the config's {given['value']:g}"
     if not grid["inside"]:
-        said += ", on the edge of what was tried: a better one may lie beyond"
+        unsettled = [f"{e['value']:g} {e['status']}" for e in grid["tried"] if e["status"] not in (FINISHED, DIVERGED)]
+        edge = f"the grid is not whole ({', '.join(unsettled)})" if unsettled else "on the edge of what was tried"
+        said += f", {edge}: a better one may lie beyond"
     alike = [f"{e['value']:g}" for e in grid["tried"] if e["above"] and not e["above"]["shown"]]
     return said + (f"; not shown to be worse: {', '.join(alike)}." if alike else ".")
 
 
-def _order(rows: list[Mapping[str, Any]]) -> str:
+def _order(rows: Sequence[Mapping[str, Any]]) -> str:
     return " < ".join(f"{row['strategy']} ({row['loss']:.3f} at {row['value']:g})" for row in rows)
 
 
-def _range(found: Mapping[str, Any], abs_of: bool = False) -> str:
-    if found["low"] is None:
-        return ""
-    low, high = found["low"], found["high"]
-    if abs_of and found["mean"] < 0:
-        low, high = -high, -low
-    return f" [{low:.3f}, {high:.3f}]"
+def _range(found: Mapping[str, Any]) -> str:
+    return "" if found["low"] is None else f" [{found['low']:.3f}, {found['high']:.3f}]"
 
 
 def losses_table(grids: Mapping[str, Any]) -> Table:
@@ -186,28 +211,33 @@ def _differences(found: Mapping[str, Any]) -> Table:
             {"given": "the config's", "best": "each its best"}[which],
             f"{pair['a']} - {pair['b']}",
             f"{pair['mean']:+.4f}{_signed(pair)}",
-            "–" if pair["p_holm"] is None else f"{pair['p_holm']:.1g}",
+            "–" if pair["p_holm"] is None else f"{pair['p_holm']:.2g}",
             verdict(pair),
         )
         for which in ("given", "best")
         for pair in found["compared"][which]["pairs"]
     )
-    note = "Nats per token [95 %: documents resampled in pairs]; p after Holm's correction over a value's pairs."
+    note = (
+        "Nats per token [95 %: documents resampled in pairs]; p after Holm's correction over a value's pairs. One "
+        "seed: neither covers the choice of it."
+    )
     return Table(("values", "difference", "nats per token [95 %]", "p (Holm)", "lower loss"), rows, note)
 
 
 def _next(study: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     return (
-        "A comparison at these values, by seeds that had no part in choosing them: "
+        "A comparison at these values, by seeds that had no part in choosing them (the held-out documents had): "
         f"`{command(study, found)}` (add what else your study needs, such as `--settings=independent,paired`)."
     )
 
 
 def command(study: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """The ablation that trains each strategy at its best value, by three seeds that did not choose it."""
+    """The ablation that trains each strategy at its best value, by three seeds that did not choose it; or nothing."""
     seeds = ",".join(str(study["seed"] + more) for more in (1, 2, 3))
     chosen = [(s, grid["best"]) for s, grid in found["grids"].items() if grid["best"] is not None]
-    parts = ["python -m experiments.ablation", "--workdir=runs/tuned", f"--scale={study['scale']}"]
+    if not chosen:
+        return ""
+    parts = ["python", "-m", "experiments.ablation", "--workdir=runs/tuned", f"--scale={study['scale']}"]
     parts += [f"--strategies={','.join(strategy for strategy, _ in chosen)}", f"--seeds={seeds}"]
     parts += [f"--config.{name}={value}" for name, value in study["overrides"].items() if name != "seed"]
-    return " ".join(parts + [f"--{strategy}.{study['field']}={value!r}" for strategy, value in chosen])
+    return shlex.join(parts + [f"--{strategy}.{study['field']}={value!r}" for strategy, value in chosen])

@@ -20,8 +20,8 @@ from research.analysis.runs import DIVERGED, FINISHED, load, shared_context
 def runs_of(study: Mapping[str, Any]) -> list[str]:
     """The names of a study's runs, each once.
 
-    study: `scale`, `tuning_seed`, `stages` (number, name, changed, measure, leaking, runs: strategy -> names of runs)
-    and `grids` (strategy -> run -> learning rate).
+    study: `scale`, `tuning_seed`, `rate` (that strategies share), `shortest` (runs.py), `stages` (number, name,
+    changed, measure, leaking, runs: strategy -> names of runs) and `grids` (strategy -> run -> learning rate).
     """
     names = [name for stage in study["stages"] for names in stage["runs"].values() for name in names]
     return list(dict.fromkeys([*names, *(name for grid in study["grids"].values() for name in grid)]))
@@ -47,11 +47,10 @@ def analyse(
     losses: `<run>/loss` [n] nats at the shared context, `document` [n].
     """
     by_name = {run["name"]: run for run in runs}
-    lengths = [run["result"]["seq_len"] for run in runs if run["result"]]
-    stages = [_stage(stage, by_name, losses, min(lengths, default=0)) for stage in study["stages"]]
+    stages = [_stage(stage, by_name, losses, study["shortest"]) for stage in study["stages"]]
     known = [stage for stage in stages if stage["order"]]
     changes = [b["number"] for a, b in itertools.pairwise(known) if a["order"] != b["order"]]
-    rates = {s: tuning.grid(names, by_name, min(lengths, default=0)) for s, names in study["grids"].items()}
+    rates = {s: tuning.grid(names, by_name, study["shortest"], study["rate"]) for s, names in study["grids"].items()}
     seconds = [run["seconds"] for run in runs if run["seconds"]]
     return {
         "scale": study["scale"],

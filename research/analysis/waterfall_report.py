@@ -234,7 +234,7 @@ def _differences(found: Mapping[str, Any]) -> Table:
             stage["name"],
             f"{pair['a']} - {pair['b']}",
             _interval(pair),
-            "–" if pair["p_holm"] is None else f"{pair['p_holm']:.1g}",
+            "–" if pair["p_holm"] is None else f"{pair['p_holm']:.2g}",
             verdict(pair),
             str(len(pair["seeds"])),
         )
