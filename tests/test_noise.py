@@ -111,7 +111,7 @@ def test_the_verdict_on_noise_turns_with_the_ratios(rng, spreads, verdict):
     found = analysis.analyse(found_of(*entries, batches=BLOCKS * 8))
     judged, text = claims_batch.noise({"noise": found, "arms": []})
     assert judged == verdict
-    assert ("for no other reason" in text) == (spreads == (1, 2, 2))
+    assert ("nearly all of it because they come from more places" in text) == (spreads == (1, 2, 2))
     assert claims_batch.noise({"arms": []})[0] == VERDICTS[3]
 
 

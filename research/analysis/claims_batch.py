@@ -1,5 +1,6 @@
 """Claims about the size of the batch by itself, which strategies of equal tokens per step cannot decide: what would."""
 
+import math
 from collections.abc import Mapping
 
 from research.analysis import evidence, noise_report
@@ -20,13 +21,17 @@ def noise(analysis: Analysis) -> Judged:
     text += f" Neighbouring rows instead of rows of many places, of one length and as many tokens: {each} times."
     text += " How stable training is was not measured."
     if totals and all(ratio["low"] > 1 for ratio in (*totals, *places)):
-        lengths = [run["ratios"]["length"] for run in found if "length" in run["ratios"]]
-        alone = lengths and all(ratio["low"] <= 1 <= ratio["high"] for ratio in lengths)
-        why = " At equal tokens more rows are less noise"
-        return CONDITIONS, text + why + (", as they come from more places and for no other reason." if alone else ".")
+        shares = [_share(run["ratios"]) for run in found if "diversity" in run["ratios"]]
+        most = ", nearly all of it because they come from more places" if shares and min(shares) > 0.9 else ""
+        return CONDITIONS, f"{text} At equal tokens more rows are less noise{most}."
     if totals and all(ratio["high"] < 1 for ratio in totals):
         return FAILS, text
     return UNTESTED, text + " This does not decide: more pieces of text (--batches) or longer rows would tell."
+
+
+def _share(ratios: Mapping[str, Mapping[str, float]]) -> float:
+    """Of the total ratio's logarithm, what is diversity's."""
+    return math.log(ratios["diversity"]["value"]) / math.log(ratios["total"]["value"])
 
 
 def _ratio(found: Mapping[str, float]) -> str:
