@@ -2,21 +2,22 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from experiments import noise as script
 from experiments import train
-from research import noise, sharding, step
+from research import load, noise, sharding, step
 from research.analysis import claims_batch, noise_report
 from research.analysis import noise as analysis
 from research.analysis.page import VERDICTS
 from research.data import stream, tokens
-from research.load import read_config
 from research.model import MoETransformer
 from tests.small import bigger, model_config, random_batch, relative
 
@@ -68,6 +69,48 @@ def test_estimates_are_unbiased_and_their_intervals_hold_the_truth_as_often_as_t
     for name, wanted in truth.items():
         assert np.mean(values[name]) == pytest.approx(wanted, abs=4 * np.std(values[name]) / 300**0.5)
         assert 0.9 < held[name] / 300 < 0.99, (name, held)
+
+
+def test_an_interval_is_the_jackknifes_with_students_t(rng):
+    values = 1 + 0.1 * rng.random(BLOCKS + 1)
+    for logs in (False, True):
+        x = np.log(values) if logs else values
+        error = ((BLOCKS - 1) / BLOCKS * np.square(x[1:] - x[1:].mean()).sum()) ** 0.5
+        reach = stats.t.ppf(0.975, BLOCKS - 1) * error
+        wanted = [x[0], x[0] - reach, x[0] + reach]
+        found = analysis.jackknife(values, logs)
+        np.testing.assert_allclose(list(found.values()), np.exp(wanted) if logs else wanted, rtol=1e-5)
+    assert reach > 2.1 * error  # of 15 degrees of freedom, not of a normal
+
+
+def test_a_cell_has_its_noise_scale_in_tokens_and_the_groups_that_it_is_in(rng):
+    """Group g has (g + 1) parts of the variance; of all, a step has as much noise as signal at tokens * 25 / 0.5."""
+    parts = np.arange(1, len(noise.NAMES) + 1)
+    grads = rng.normal(0, (25 / 300) ** 0.5, (BLOCKS * 8, len(noise.NAMES), 300))
+    grads = grads * (parts / parts.sum())[:, None] ** 0.5 + (0.5 / (300 * len(parts))) ** 0.5
+    (run,) = analysis.analyse(found_of(entry_of(grads), batches=BLOCKS * 8))
+    (cell,) = run["cells"]
+    assert cell["spread"]["value"] == pytest.approx(25, rel=0.05)
+    assert cell["scale"]["value"] == pytest.approx(2048 * cell["spread"]["value"] / cell["signal"]["value"], rel=1e-4)
+    assert list(cell["groups"].values()) == pytest.approx(parts / parts.sum(), rel=0.1)
+    table = noise_report.section([run], 8192).tables[1]
+    assert table.rows[0][5] == f"{cell['scale']['value'] / 8192:.2f}"
+
+
+def test_ratios_of_rows_shorter_than_a_piece_are_of_paired_rows_on_both_sides(rng):
+    """Up to 512 of pieces of 2,048: the same text in either length; Muon's groups have a ratio of their own."""
+    muon = np.isin(noise.NAMES, analysis.MATRICES)[:, None]
+
+    def entry(order: str, length: int, spread: float, own: float = 1.0) -> dict:
+        grads = rng.normal(0, spread**0.5, (BLOCKS * 8, len(noise.NAMES), 400)) * np.where(muon, own**0.5, 1)
+        return entry_of(grads, order, length)
+
+    cells = [entry("independent", 128, 1), entry("independent", 512, 2, own=4), entry("paired", 128, 3)]
+    (run,) = analysis.analyse(found_of(*cells, entry("paired", 512, 6), batches=BLOCKS * 8))
+    ratios = {name: ratio["value"] for name, ratio in run["ratios"].items()}
+    total = 2 * (4 * 3 + 2) / 5  # three groups of five are Muon's
+    wanted = dict(total=total, matrices=8, length=2, diversity=total / 2, place=3)
+    assert ratios == pytest.approx(wanted, rel=0.06)
 
 
 def test_without_a_signal_the_noise_scale_is_a_bound(rng):
@@ -178,7 +221,7 @@ def study(tmp_path_factory) -> Path:
 
 
 def test_paired_micro_batches_are_the_same_text_and_independent_ones_are_not(study):
-    config = read_config(study / "long_seq-independent-42")
+    config = load.read_config(study / "long_seq-independent-42")
     corpus = tokens.open_corpus(config)
     layouts = {
         (order, length): noise.layout(config, order, length, 64, 0)
@@ -190,6 +233,35 @@ def test_paired_micro_batches_are_the_same_text_and_independent_ones_are_not(stu
         np.testing.assert_array_equal(read["paired", 16].ravel(), read["paired", 64].ravel())
         np.testing.assert_array_equal(read["independent", 64], read["paired", 64])
         assert not np.array_equal(read["independent", 16].ravel(), read["paired", 64].ravel())
+
+
+def test_every_micro_batch_is_another_piece_of_text(study, monkeypatch):
+    config = load.read_config(study / "long_seq-independent-42")
+    shape, read = noise.layout(config, "independent", 64, 64, 0), []
+    batch = stream.batch
+    monkeypatch.setattr(
+        stream, "batch", lambda corpus, config, cursor: read.append(cursor) or batch(corpus, config, cursor)
+    )
+    found = noise.measure(load.load(study / "long_seq-independent-42"), tokens.open_corpus(config), shape, 32)
+    assert read == [64 * i for i in range(32)]
+    assert np.shape(found["squares"]) == (BLOCKS, len(noise.NAMES))
+    assert np.shape(found["gram"]) == (BLOCKS, BLOCKS, len(noise.NAMES))
+
+
+def test_documents_masks_are_those_of_training(one_device, rng):
+    model = MoETransformer(model_config())
+    batch = sharding.put_batch(random_batch(rng, 2, 16, ragged=False), one_device)
+    params = model.init(jax.random.key(0), batch["inputs"])["params"]
+    halves = np.repeat([[1, 2]], 8, axis=1).repeat(2, axis=0).astype(np.int32)
+    masked = batch | sharding.put_batch(
+        dict(segments=halves, positions=np.tile(np.arange(8, dtype=np.int32), (2, 2))), one_device
+    )
+    found = jax.jit(noise.gradient, static_argnums=2)(params, masked, model)
+    apart = jax.tree.map(
+        lambda x: jax.reshard(jnp.asarray(np.asarray(x).reshape(4, 8)), jax.P(*sharding.TOKENS)), batch
+    )
+    wanted = jax.jit(noise.gradient, static_argnums=2)(params, apart, model)
+    jax.tree.map(lambda x, y: np.testing.assert_array_less(relative(x, y), 1e-4), found, wanted)
 
 
 def test_a_study_is_measured_once_and_its_report_says_it(study, capsys):
@@ -211,6 +283,12 @@ def test_a_study_is_measured_once_and_its_report_says_it(study, capsys):
     before = (study / "noise.json").read_bytes()
     assert script.main([f"--workdir={study}", "--batches=32"]) == 0
     assert "rows of" not in capsys.readouterr().err and (study / "noise.json").read_bytes() == before
+    lost = state["measured"].pop(1)  # what is missing alone is measured again
+    (study / "noise.json").write_text(json.dumps(state))
+    assert script.main([f"--workdir={study}", "--batches=32"]) == 0
+    assert capsys.readouterr().err.count("rows of") == 1
+    again = json.loads((study / "noise.json").read_text())["measured"]
+    assert again[:-1] == state["measured"] and again[-1] == lost
 
 
 @pytest.mark.parametrize(
@@ -228,6 +306,20 @@ def test_a_mistake_is_one_line_and_measures_nothing(study, capsys, arguments, na
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert len(errors) == 1 and named in errors[0]
     assert not (study / "noise.json").exists()
+
+
+def test_runs_that_cannot_be_measured_are_refused(study, tmp_path, capsys):
+    copy = tmp_path / "study"
+    shutil.copytree(study, copy)
+    (copy / "noise.json").unlink(missing_ok=True)
+    shutil.rmtree(copy / "long_seq-independent-42" / "checkpoints")
+    result = json.loads((copy / "large_batch-independent-42" / "result.json").read_text())
+    (copy / "large_batch-independent-42" / "result.json").write_text(json.dumps(result | {"protocol": "published"}))
+    for name, said in (("long_seq", "its checkpoints are gone"), ("large_batch", "LEAKING")):
+        assert script.main([f"--workdir={copy}", f"--runs={name}-independent-42"]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
+    assert not (copy / "noise.json").exists()
 
 
 def test_measurements_of_another_size_are_kept(study, tmp_path, capsys):

@@ -144,6 +144,15 @@ def test_findings_say_what_the_numbers_are(finished):
     assert turned.endswith(" (no difference shown: large_batch and balanced).")
 
 
+def test_where_all_are_best_at_the_configs_value_it_is_said_once(finished):
+    results = json.loads((finished / "report" / "results.json").read_text())
+    compared = results["analysis"]["tuning"]["compared"]
+    compared["best"] = compared["given"]
+    said = tuning_report.findings(results["study"], results["analysis"]["tuning"])
+    assert said[3].startswith("Each is best at the config's value, and the order is large_batch (")
+    assert said[4].startswith("large_batch minus long_seq: ") and "their best" not in said[4]
+
+
 def test_the_command_that_it_ends_with_is_an_ablation_of_its_best_values(finished, capsys):
     results = json.loads((finished / "report" / "results.json").read_text())
     command = tuning_report.command(results["study"], results["analysis"]["tuning"])

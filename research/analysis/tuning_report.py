@@ -93,14 +93,17 @@ def _orders(compared: Mapping[str, Any]) -> list[str]:
     given, best = ([row for row in compared[w]["rows"] if row["strategy"] in names] for w in ("given", "best"))
     if len(names) < 2:
         return []
-    same = [row["strategy"] for row in given] == [row["strategy"] for row in best]
-    kept = "at the config's values it is the same" if same else f"at the config's values it is {_order(given)}"
     doubts = [_doubt(compared[which], names) for which in ("best", "given")]
-    said = [f"Each at its best, the order is {_order(best)}{doubts[0]}; {kept}{doubts[1]}."]
     first, last = best[0]["strategy"], best[-1]["strategy"]
-    gaps = [_gap(compared[which]["pairs"], first, last) for which in ("given", "best")]
+    gaps = [_gap(compared[which]["pairs"], first, last) for which in ("best", "given")]
+    if given == best:
+        said = [f"Each is best at the config's value, and the order is {_order(best)}{doubts[0]}."]
+        return said + ([f"{first} minus {last}: {gaps[0]}."] if gaps[0] else [])
+    same = [row["strategy"] for row in given] == [row["strategy"] for row in best]
+    kept = "it is the same" if same else f"it is {_order(given)}"
+    said = [f"Each at its best, the order is {_order(best)}{doubts[0]}; at the config's values {kept}{doubts[1]}."]
     if all(gaps):
-        said.append(f"{first} minus {last}: {gaps[0]} at the config's values, {gaps[1]} at their best.")
+        said.append(f"{first} minus {last}: {gaps[1]} at the config's values, {gaps[0]} at their best.")
     return said
 
 
