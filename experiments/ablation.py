@@ -73,7 +73,7 @@ def main(
         if arguments.dry_run:
             print("\n".join(shlex.join(run.command(train, arguments.workdir)) for run in planned))
             return 0
-        _recorded(arguments.workdir)  # a damaged one is said before anything runs
+        recorded(arguments.workdir)  # a damaged one is said before anything runs
         # In a child, so that this process holds no accelerator while the runs need it.
         if code := run_child([*check, *argv]):
             return code
@@ -255,12 +255,12 @@ def run_all(planned: Sequence[Planned], workdir: Path, train: Sequence[str]) -> 
 
 def _record(workdir: Path, keys: Sequence[Key], exit_codes: dict[str, int]) -> None:
     """Remembers how each run ended, for the report; runs of earlier commands are kept."""
-    known, codes = _recorded(workdir)
+    known, codes = recorded(workdir)
     merged = [asdict(key) for key in dict.fromkeys([*known, *keys])]
     write_json(workdir / "ablation.json", {"runs": merged, "exit_codes": codes | exit_codes})
 
 
-def _recorded(workdir: Path) -> tuple[list[Key], dict[str, int]]:
+def recorded(workdir: Path) -> tuple[list[Key], dict[str, int]]:
     path = workdir / "ablation.json"
     if not path.exists():
         return [], {}
@@ -274,7 +274,7 @@ def _recorded(workdir: Path) -> tuple[list[Key], dict[str, int]]:
 
 def write_report(workdir: Path) -> int:
     """Gathers all runs that were ever asked for in `workdir` into `<workdir>/report/`, and writes the report there."""
-    keys, exit_codes = _recorded(workdir)
+    keys, exit_codes = recorded(workdir)
     if not keys:
         raise ConfigError("--workdir", str(workdir), "holds no study (no ablation.json) and no results.json")
     archive.save(archive.collect(workdir, keys, exit_codes), workdir / "report")

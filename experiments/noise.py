@@ -13,9 +13,11 @@ Exit codes: 0, measured; 2, a mistake, nothing measured; 4, no checkpoint can be
 """
 
 import argparse
+import hashlib
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from research.analysis import noise as analysis
 from research.analysis.tables import duration
 from research.config import ConfigError
 
-SEED = 0  # of the micro-batches' order; a run's own order is drawn by its seed
+SEED = 1_000_003  # of the micro-batches' order: of no run, whose own text would come in its own order
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,7 +71,7 @@ def choose(workdir: Path, given: Sequence[str]) -> list[str]:
         if name not in there:
             raise ConfigError("--runs", name, f"is no finished run on text of this study; choose of {', '.join(there)}")
         if archive.read_json(workdir / name / "result.json")["protocol"] != "clean":
-            raise ConfigError("--runs", name, "LEAKING: it has seen its text many times; measure a clean one")
+            raise ConfigError("--runs", name, "LEAKING: the published protocol; measure a run of the clean one")
         if not any((workdir / name / "checkpoints").glob("*")):
             raise ConfigError("--runs", name, "its checkpoints are gone; train it again, in another folder")
     return chosen
@@ -81,15 +83,15 @@ def text_runs(workdir: Path) -> dict[str, dict[str, Any]]:
         raise ConfigError(
             "--workdir", str(workdir), "holds no study (no ablation.json); experiments.ablation makes one"
         )
-    runs = [run for run in archive.read_json(workdir / "ablation.json")["runs"] if run["setting"] != "recall"]
-    named = {f"{run['strategy']}-{run['setting']}-{run['seed']}": run for run in runs}
+    keys, exit_codes = ablation.recorded(workdir)
+    named = {key.name: asdict(key) for key in keys if key.setting != "recall" and not exit_codes.get(key.name)}
     return {name: run for name, run in named.items() if (workdir / name / "result.json").exists()}
 
 
 def measure_all(workdir: Path, chosen: Sequence[str], batches: int) -> None:
     """Adds what is missing of the runs' measurements to noise.json, each as soon as it is there.
 
-    Raises: ConfigError where the text is too short for them, or lengths do not divide the longest.
+    Raises: ConfigError where the text is too short for them, or noise.json holds those of another size.
     """
     cores.set_options()
     from research import load, noise, train  # JAX starts here
@@ -98,11 +100,17 @@ def measure_all(workdir: Path, chosen: Sequence[str], batches: int) -> None:
     configs = {name: load.read_config(workdir / name) for name in text_runs(workdir)}
     lengths = sorted({config.seq_len for config in configs.values()})
     if uneven := [length for length in lengths if lengths[-1] % length]:
-        raise ConfigError("config.seq_len", uneven[0], f"does not divide the study's longest rows, {lengths[-1]}")
+        said = ", ".join(map(str, uneven))
+        print(f"rows of {said} are left out: they do not divide the longest, {lengths[-1]}", file=sys.stderr)
+        lengths = [length for length in lengths if length not in uneven]
     state = _begun(workdir, lengths[-1], batches)
     cells = [("independent", length) for length in lengths] + [("paired", length) for length in lengths[:-1]]
     todo = [(run, *cell) for run in chosen for cell in cells if cell[1] <= configs[run].seq_len]
-    todo = [entry for entry in todo if entry not in _done(state)]
+    marks = {run: hashlib.sha256((workdir / run / "result.json").read_bytes()).hexdigest()[:16] for run in chosen}
+    fresh = [e for e in state["measured"] if e["result"] == marks.get(e["run"], e["result"])]
+    state["measured"] = fresh  # a run that was trained again is measured again
+    done = {(entry["run"], entry["order"], entry["length"]) for entry in fresh}
+    todo = [entry for entry in todo if entry not in done]
     began, loaded = time.monotonic(), None
     for number, (run, order, length) in enumerate(todo):
         mean = (time.monotonic() - began) / max(1, number)
@@ -110,13 +118,14 @@ def measure_all(workdir: Path, chosen: Sequence[str], batches: int) -> None:
         said = f"{run}: {order}, rows of {length} ({number + 1} of {len(todo)}{left})"
         print(said, file=sys.stderr, flush=True)
         if loaded is None or loaded[0] != run:
+            loaded = None  # its memory, before the next takes its own
             train.keep_compiled(configs[run])
             loaded = run, load.load(workdir / run), tokens.open_corpus(configs[run])
         config = noise.layout(configs[run], order, length, lengths[-1], SEED)
         found = noise.measure(loaded[1], loaded[2], config, batches)
         about = text_runs(workdir)[run] | {"step": loaded[1].step, "order": order, "length": length}
         consumed = loaded[1].step * configs[run].batch_size * configs[run].seq_len
-        about |= {"run": run, "seq_len": configs[run].seq_len, "consumed": consumed}
+        about |= {"run": run, "result": marks[run], "seq_len": configs[run].seq_len, "consumed": consumed}
         state["measured"].append(about | found)
         files.write_json(workdir / analysis.FILE, state)
 
@@ -132,10 +141,6 @@ def _begun(workdir: Path, tokens: int, batches: int) -> dict[str, Any]:
             message = f"{analysis.FILE} there is of {name} {state.get(name)}; remove it to measure anew"
             raise ConfigError(f"--{name}" if name == "batches" else name, value, message)
     return state | {"environment": metrics.environment()}
-
-
-def _done(state: dict[str, Any]) -> set[tuple]:
-    return {(entry["run"], entry["order"], entry["length"]) for entry in state["measured"]}
 
 
 if __name__ == "__main__":

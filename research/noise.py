@@ -3,6 +3,7 @@
 The gradient of the mean cross-entropy alone (no balance loss, router noise, dropout or clipping) is taken over M
 micro-batches of n tokens, in K blocks of M / K. Kept are the squares of each block's gradients, added up, and the inner
 products of the blocks' sums: all that analysis/noise.py needs for its estimates and for their jackknife over blocks.
+Until the end the host holds a gradient per block: 64 bytes per parameter.
 """
 
 import functools
@@ -94,7 +95,7 @@ def layout(config: Any, order: str, length: int, longest: int, seed: int) -> Any
     """
     config = config.copy_and_resolve_references()
     config.update(batch_size=longest // length, seq_len=length, seed=seed)
-    config.data.shuffle_block = 0 if order == "independent" else longest
+    config.data.update(shuffle_block=0 if order == "independent" else longest, max_epochs=1)  # no piece comes twice
     return config
 
 
@@ -106,7 +107,9 @@ def measure(loaded: Loaded, corpus: Corpus, config: Any, batches: int) -> dict[s
     if batches % BLOCKS or batches < 2 * BLOCKS:
         raise ConfigError("--batches", batches, f"give a multiple of {BLOCKS}, {2 * BLOCKS} or more")
     tokens, each = config.batch_size * config.seq_len, batches // BLOCKS
-    stream.check(corpus, config, batches * tokens)
+    room = stream.epoch_tokens(corpus, config) // (BLOCKS * tokens) * BLOCKS
+    if batches > room:
+        raise ConfigError("--batches", batches, f"the text has room for {room} pieces of {tokens} tokens; give no more")
     sums, norms = [], []
     for block in range(BLOCKS):
         rows = [stream.batch(corpus, config, (block * each + i) * tokens) for i in range(each)]

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from experiments import ablation, train
 from experiments import noise as script
-from experiments import train
 from research import load, noise, sharding, step
 from research.analysis import claims_batch, noise_report
 from research.analysis import noise as analysis
 from research.analysis.page import VERDICTS
+from research.config import ConfigError
 from research.data import stream, tokens
 from research.model import MoETransformer
 from tests.small import bigger, model_config, random_batch, relative
@@ -277,9 +278,10 @@ def test_a_study_is_measured_once_and_its_report_says_it(study, capsys):
     assert {(e["seq_len"], e["step"], e["consumed"]) for e in state["measured"]} == {(16, 4, 1024), (64, 4, 1024)}
     report = (study / "report" / "report.md").read_text()
     assert "## How noisy is the gradient?" in report and "figures/noise.png" in report
-    assert "At equal tokens the gradient varies" in report
+    assert "the gradient's variance in rows of 64 tokens over rows of 16 is" in report
     results = json.loads((study / "report" / "results.json").read_text())
     assert results["analysis"]["noise"] == analysis.analyse(state)
+    assert len(analysis.analyse(state, {"long_seq-independent-42"})) == 1  # of a run that is finished
     before = (study / "noise.json").read_bytes()
     assert script.main([f"--workdir={study}", "--batches=32"]) == 0
     assert "rows of" not in capsys.readouterr().err and (study / "noise.json").read_bytes() == before
@@ -296,7 +298,7 @@ def test_a_study_is_measured_once_and_its_report_says_it(study, capsys):
     [
         (["--batches=40"], "--batches=40: give a multiple of 16"),
         (["--batches=16"], "--batches=16: give a multiple of 16, 32 or more"),
-        (["--batches=1600"], "config.data.max_epochs"),
+        (["--batches=16000"], "--batches=16000: the text has room for "),
         (["--runs=balanced-independent-42"], "choose of large_batch-independent-42, long_seq-independent-42"),
     ],
 )
@@ -306,6 +308,47 @@ def test_a_mistake_is_one_line_and_measures_nothing(study, capsys, arguments, na
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert len(errors) == 1 and named in errors[0]
     assert not (study / "noise.json").exists()
+
+
+def test_a_run_that_was_trained_again_is_measured_again_and_one_that_failed_is_not_shown(study, tmp_path, capsys):
+    copy = tmp_path / "study"
+    shutil.copytree(study, copy)
+    path = copy / "large_batch-independent-42" / "result.json"
+    path.write_text(path.read_text() + " ")
+    assert script.main([f"--workdir={copy}", "--batches=32"]) == 0
+    assert capsys.readouterr().err.count("large_batch-independent-42: ") == 2
+    recorded = json.loads((copy / "ablation.json").read_text()) | {"exit_codes": {"long_seq-independent-42": 143}}
+    (copy / "ablation.json").write_text(json.dumps(recorded))
+    assert ablation.main([f"--workdir={copy}", "--report_only"]) == 143
+    shown = json.loads((copy / "report" / "results.json").read_text())["analysis"]["noise"]
+    assert [run["strategy"] for run in shown] == ["large_batch"]
+    (copy / "noise.json").unlink()
+    ablation.main([f"--workdir={copy}", "--report_only"])
+    assert not (copy / "report" / "noise.json").exists()
+    assert "How noisy" not in (copy / "report" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("change", [dict(gram=None), dict(squares=[[1.0]]), dict(length=3), dict(gram=[[["x"]]])])
+def test_a_damaged_file_is_one_line_that_says_to_remove_it(tmp_path, rng, change):
+    entry = entry_of(rng.normal(0, 1, (BLOCKS * EACH, len(noise.NAMES), 3)))
+    entry |= {name: np.asarray(entry[name]).tolist() for name in ("squares", "gram")}
+    (tmp_path / "noise.json").write_text(json.dumps(found_of(entry)))
+    assert analysis.read(tmp_path)["measured"]
+    (tmp_path / "noise.json").write_text(json.dumps(found_of(entry | change)))
+    with pytest.raises(ConfigError, match="noise.json is damaged .*; remove it and measure again"):
+        analysis.read(tmp_path)
+    (tmp_path / "noise.json").write_text("{")
+    with pytest.raises(ConfigError, match="remove it and measure again"):
+        analysis.read(tmp_path)
+
+
+def test_seeds_of_one_strategy_are_told_apart_and_one_length_has_no_ratio(rng):
+    grads = rng.normal(0, 1, (BLOCKS * EACH, len(noise.NAMES), 9))
+    found = analysis.analyse(found_of(*(entry_of(grads, length=2048, run=f"r{seed}", seed=seed) for seed in (1, 2))))
+    assert [noise_report.label(run, found) for run in found] == ["s, independent, seed 1", "s, independent, seed 2"]
+    assert [run["ratios"] for run in found] == [{}, {}] and noise_report.finding(found) == []
+    judged, text = claims_batch.noise({"noise": found, "arms": []})
+    assert judged == VERDICTS[3] and "Neighbouring" not in text
 
 
 def test_runs_that_cannot_be_measured_are_refused(study, tmp_path, capsys):

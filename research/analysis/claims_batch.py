@@ -17,8 +17,10 @@ def noise(analysis: Analysis) -> Judged:
     text = " ".join(noise_report.finding(found))
     totals = [run["ratios"]["total"] for run in found if "total" in run["ratios"]]
     places = [run["ratios"]["place"] for run in found if "place" in run["ratios"]]
-    each = ", ".join(f"{run['strategy']} {_ratio(run['ratios']['place'])}" for run in found if "place" in run["ratios"])
-    text += f" Neighbouring rows instead of rows of many places, of one length and as many tokens: {each} times."
+    named = [(noise_report.label(run, found), run["ratios"]) for run in found if "place" in run["ratios"]]
+    each = ", ".join(f"{name} {_ratio(ratios['place'])}" for name, ratios in named)
+    if each:
+        text += f" Neighbouring rows over rows of many places, of one length and as many tokens: {each} times."
     text += " How stable training is was not measured."
     if totals and all(ratio["low"] > 1 for ratio in (*totals, *places)):
         shares = [_share(run["ratios"]) for run in found if "diversity" in run["ratios"]]

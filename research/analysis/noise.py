@@ -9,8 +9,9 @@ are unbiased (the two-batch form is McCandlish et al. 2018, arXiv:1812.06162, ap
 |G|^2 times a micro-batch's tokens, is in tokens: a step of so many has as much noise as signal.
 """
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,11 @@ import numpy as np
 from scipy import stats
 
 from research import files
-from research.analysis.archive import read_json
 from research.config import ConfigError
 
 FILE = "noise.json"  # of a study's folder, and of its report's
 MATRICES = ("attention", "router", "experts")  # groups that Muon trains
-_NEEDED = ("tokens", "batches", "groups", "measured")
+_ABOUT = ("run", "strategy", "setting", "seed", "seq_len", "step", "consumed")
 
 
 def read(folder: Path) -> dict[str, Any] | None:
@@ -31,16 +31,37 @@ def read(folder: Path) -> dict[str, Any] | None:
     path = folder / FILE
     if not path.exists():
         return None
-    found = read_json(path)
-    if absent := [name for name in _NEEDED if name not in found]:
-        raise ConfigError("workdir", str(folder), f"{FILE} is damaged (no {absent[0]!r}); remove it and measure again")
+    try:
+        found = json.loads(path.read_text())
+        for entry in found["measured"]:
+            _check(entry, found)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        message = f"{FILE} is damaged ({type(error).__name__}: {error}); remove it and measure again"
+        raise ConfigError("workdir", str(folder), message) from None
     return found
 
 
+def _check(entry: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Raises: KeyError, TypeError or ValueError where an entry is not what `_run` reads."""
+    groups = len(found["groups"])
+    squares, gram = (np.asarray(entry[name], np.float64) for name in ("squares", "gram"))
+    blocks = len(squares)
+    if squares.shape != (blocks, groups) or gram.shape != (blocks, blocks, groups) or blocks < 2:
+        raise ValueError(f"numbers of {entry['run']} are of unlike shapes")
+    if not (np.isfinite(squares).all() and np.isfinite(gram).all()):
+        raise ValueError(f"a number of {entry['run']} is not finite")
+    if int(found["batches"]) % blocks or found["batches"] < 2 * blocks or int(found["tokens"]) % int(entry["length"]):
+        raise ValueError("batches are no multiple of blocks, or tokens of a length")
+    for name in _ABOUT:
+        entry[name]
+
+
 def copy(workdir: Path, folder: Path) -> None:
-    """Puts a study's noise.json beside its report's other data files, where it was measured."""
+    """Puts a study's noise.json beside its report's other data files; one that is gone is gone there too."""
     if read(workdir) is not None:
         files.write_bytes(folder / FILE, (workdir / FILE).read_bytes())
+    else:
+        (folder / FILE).unlink(missing_ok=True)
 
 
 def tokens_per_step(analysis: Mapping[str, Any]) -> int | None:
@@ -49,7 +70,7 @@ def tokens_per_step(analysis: Mapping[str, Any]) -> int | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def analyse(found: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+def analyse(found: Mapping[str, Any] | None, finished: Collection[str] | None = None) -> list[dict[str, Any]]:
     """For each run that was measured: its `cells` by order and length, and `ratios` of them, with 95 % intervals.
 
     A cell: `spread` (tr Sigma of a micro-batch) and what it is `relative` to the shortest rows' in independent order,
@@ -57,13 +78,22 @@ def analyse(found: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     known), and `groups`, the share of the spread in each. Ratios are of spreads at equal tokens, of the run's longest
     rows to the shortest: `total`, and `matrices`, of Muon's parameters alone, in independent order; `length`, on the
     same text; `diversity`, total over length. `place`: of the shortest rows, from one place to places of their own.
+
+    finished: names of the runs to keep; None: all. One without its shortest rows in independent order is left out.
     """
-    if not found:
-        return []
     runs: dict[str, list] = {}
-    for entry in found["measured"]:
+    for entry in found["measured"] if found else ():
         runs.setdefault(entry["run"], []).append(entry)
-    return [_run(entries, found) for entries in runs.values()]
+    if finished is not None:
+        runs = {name: entries for name, entries in runs.items() if name in finished}
+    whole = [entries for entries in runs.values() if _has_base(entries)]
+    return [_run(entries, found) for entries in whole]
+
+
+def _has_base(entries: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the cell is there that others are relative to: a measurement that was stopped may lack it."""
+    shortest = min(entry["length"] for entry in entries)
+    return any(entry["order"] == "independent" and entry["length"] == shortest for entry in entries)
 
 
 def _run(entries: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,7 +116,7 @@ def _run(entries: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> dict
         for (order, length), cell, entry in zip(cells, cells.values(), entries, strict=True)
     ]
     ratios = {}
-    if ("paired", short) in spread:
+    if ("paired", short) in spread and short < tokens:
         ratios["place"] = spread["paired", short] / base
     if short < long:
         ratios["total"] = spread["independent", long] / base
@@ -94,7 +124,7 @@ def _run(entries: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> dict
         if ("paired", short) in spread and ("paired", long) in spread:
             ratios["length"] = spread["paired", long] / spread["paired", short]
             ratios["diversity"] = ratios["total"] / ratios["length"]
-    about = {name: first[name] for name in ("run", "strategy", "setting", "seed", "seq_len", "step", "consumed")}
+    about = {name: first[name] for name in _ABOUT}
     about |= {"tokens": tokens, "batches": batches, "short": short, "long": long, "cells": shown}
     return about | {"ratios": {name: jackknife(values, logs=True) for name, values in ratios.items()}}
 

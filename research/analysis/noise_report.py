@@ -24,7 +24,8 @@ def section(found: Noise, tokens_per_step: int | None) -> Section | None:
         f"the weights of each run's newest checkpoint, over {first['batches']} pieces of {first['tokens']:,} tokens, "
         "for every length of rows up to that of their training: once with each row from a place of its own "
         "(independent), once with all rows of a piece from one place (paired). A step of k pieces has a k-th of a "
-        "piece's variance, so at equal tokens the ratios are those of steps."
+        "piece's variance, so at equal tokens the ratios are those of steps. The text is that of training: "
+        f"{_seen(found)} tokens of it were trained on."
     )
     return Section("How noisy is the gradient?", text, (_ratios(found), _cells(found, tokens_per_step)))
 
@@ -33,7 +34,7 @@ def _ratios(found: Noise) -> Table:
     names = ("total", "matrices", "length", "diversity", "place")
     rows = tuple(
         (
-            run["strategy"],
+            label(run, found),
             str(run["seed"]),
             f"{run['consumed']:,}",
             f"{run['long']:,} to {run['short']:,}" if "total" in run["ratios"] else f"{run['short']:,}",
@@ -43,10 +44,11 @@ def _ratios(found: Noise) -> Table:
     )
     note = (
         "Variance (trace of the covariance) of the gradient of as many tokens in the longest rows over that in the "
-        "shortest [95 %, jackknife over blocks of pieces; the weights are given]. Total: in independent order; "
-        "matrices: of the parameters that Muon trains alone. Row length: the same text in long rows over the same in "
-        "short ones; diversity: the rest, for total = row length x diversity. One place: the shortest rows, neighbours "
-        "over places of their own."
+        "shortest [95 %, jackknife over blocks of pieces of text; the weights are given]. Total: in independent order; "
+        "matrices: of attention, router and experts alone, which Muon trains where it is used. Row length: the same "
+        "text in long rows over the same in short ones; diversity: the rest, for total = row length x diversity. One "
+        "place: the shortest rows, neighbours over places of their own; where the longest rows are whole pieces this "
+        "and diversity are one number."
     )
     columns = (
         "weights of",
@@ -65,7 +67,7 @@ def _ratios(found: Noise) -> Table:
 def _cells(found: Noise, tokens_per_step: int | None) -> Table:
     rows = tuple(
         (
-            run["strategy"],
+            label(run, found),
             f"{cell['rows']} x {cell['length']}",
             cell["order"],
             _factor(cell["relative"]),
@@ -80,7 +82,9 @@ def _cells(found: Noise, tokens_per_step: int | None) -> Table:
     note = (
         "Variance relative to that of the shortest rows in independent order. Noise scale: the tokens of a step whose "
         "noise (trace of the covariance) equals its signal (the squared norm of the true gradient); > where the "
-        "interval of the signal holds zero. It is of plain gradients: Muon and AdamW scale theirs otherwise."
+        "interval of the signal holds zero. It is of plain gradients: Muon and AdamW scale theirs otherwise. In rows "
+        "shorter than their own the weights were not trained: the signal there is that of another task, and larger for "
+        "it, so noise over signal compares lengths less purely than variance does."
     )
     columns = (
         "weights of",
@@ -114,13 +118,23 @@ def finding(found: Noise) -> list[str]:
     if run is None or "total" not in run["ratios"]:
         return []
     ratios = run["ratios"]
-    said = f"{_factor(ratios['total'])} times as much in rows of {run['long']:,} tokens as in rows of {run['short']:,}"
+    lengths = f"in rows of {run['long']:,} tokens over rows of {run['short']:,}"
     parts = {"diversity": "diversity", "length": "row length"}
     factors = [f"{_factor(ratios[name])} by {words}" for name, words in parts.items() if name in ratios]
     return [
-        f"At equal tokens the gradient varies {said} (weights of {run['strategy']}){': ' * bool(factors)}"
-        f"{' and '.join(factors)}."
+        f"At equal tokens and the weights of {label(run, found)}, the gradient's variance {lengths} is "
+        f"{_factor(ratios['total'])} times as large{': ' * bool(factors)}{' and '.join(factors)}."
     ]
+
+
+def label(run: Mapping[str, Any], found: Noise) -> str:
+    """A run's strategy; where that was measured more than once, with what tells it apart."""
+    alike = [other for other in found if other["strategy"] == run["strategy"]]
+    return run["strategy"] if len(alike) == 1 else f"{run['strategy']}, {run['setting']}, seed {run['seed']}"
+
+
+def _seen(found: Noise) -> str:
+    return " or ".join(f"{consumed:,}" for consumed in sorted({run["consumed"] for run in found}))
 
 
 def figure(found: Noise, styles: Mapping[str, dict[str, Any]], tokens_per_step: int | None) -> Figure:
@@ -135,9 +149,9 @@ def figure(found: Noise, styles: Mapping[str, dict[str, Any]], tokens_per_step: 
             cells = [cell for cell in run["cells"] if cell["order"] == order]
             if order == "paired":  # the longest rows are one place each: both orders are one
                 cells += [c for c in run["cells"] if c["length"] == run["tokens"]]
-            label = f"weights of {run['strategy']}" if order == "independent" and not again else None
+            words = f"weights of {run['strategy']}" if order == "independent" and not again else None
             apart = 2 ** (0.1 * (number - (len(found) - 1) / 2))
-            _curve(left, cells, "relative", style, line, label, apart)
+            _curve(left, cells, "relative", style, line, words, apart)
             if order == "independent":
                 _curve(right, cells, "scale", style, line, None, apart)
     for axes in (left, right):

@@ -42,7 +42,8 @@ def write(folder: Path) -> dict[str, Any]:
     missing or damaged.
     """
     runs = archive.load(folder)
-    analysis = analyse(runs) | {"noise": noise.analyse(noise.read(folder))}
+    finished = {run.key.name for run in runs if run.finished}
+    analysis = analyse(runs) | {"noise": noise.analyse(noise.read(folder), finished)}
     results = archive.read_json(folder / "results.json") | {"analysis": analysis}
     write_json(folder / "results.json", results)
     render(results, folder)
