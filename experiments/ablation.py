@@ -100,10 +100,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--memory", default="", help="of a device, such as 24GiB: plans each strategy's batch size")
     parser.add_argument("--seeds", type=names, default=[], help="such as 42,43,44; the config's own if not given")
     parser.add_argument("--settings", type=names, default=["independent"], help=f"of {','.join(SETTINGS)}")
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--dry_run", action="store_true", help="print the commands, run nothing")
-    mode.add_argument("--check_only", action="store_true", help="check the configs, run nothing")
-    mode.add_argument("--report_only", action="store_true", help="make the report again, run nothing")
+    parser.add_modes()
     arguments, rest = parser.parse_known_args(argv)
     arguments.own = {strategy: [] for strategy in arguments.strategies}
     arguments.overrides, arguments.recall = [], []

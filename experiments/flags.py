@@ -29,6 +29,24 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 
+    def add_modes(self) -> None:
+        """Of a study: what it may do instead of its runs."""
+        mode = self.add_mutually_exclusive_group()
+        mode.add_argument("--dry_run", action="store_true", help="print the commands, run nothing")
+        mode.add_argument("--check_only", action="store_true", help="check the configs, run nothing")
+        mode.add_argument("--report_only", action="store_true", help="make the report again, run nothing")
+
+    def parse_overrides(self, argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+        """The arguments, and {field: value} of each `--config.field=value`. Raises: ConfigError on another."""
+        arguments, rest = self.parse_known_args(argv)
+        given = {}
+        for argument in rest:
+            name, equals, value = argument.partition("=")
+            if not name.startswith("--config.") or not equals:
+                raise ConfigError("argument", argument, "unknown; write overrides as --config.field=value")
+            given[name.removeprefix("--config.")] = value
+        return arguments, given
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {' '.join(message.split())}; see {self.prog} --help\n")
 

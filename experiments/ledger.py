@@ -11,7 +11,7 @@ from typing import Any
 from experiments.child import Interrupted, run_child
 from research import files
 from research.analysis import archive
-from research.analysis.runs import DIVERGED_CODE
+from research.analysis.runs import DIVERGED, DIVERGED_CODE, FINISHED
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -53,3 +53,12 @@ def _record(path: Path, state: dict[str, Any], name: str, code: int, seconds: fl
     state["exit_codes"][name] = code
     state["seconds"][name] = round(state["seconds"].get(name, 0) + seconds, 1)
     write(path, state)
+
+
+def conclude(runs: Sequence[Mapping[str, Any]], folder: Path) -> int:
+    """Prints where the report is, and which runs of results.json are not finished; the exit code they call for."""
+    print(f"\n{folder / 'report.md'}\n{folder / 'report.html'}")
+    left = [run for run in runs if run["status"] not in (FINISHED, DIVERGED)]
+    for run in left:
+        print(f"{run['name']} {run['status']}", file=sys.stderr)
+    return next((run["exit_code"] for run in left if run["exit_code"]), int(bool(left)))

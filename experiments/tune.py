@@ -101,18 +101,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     parser.add_argument("--strategies", type=names, default=list(STRATEGIES), help="names of configs/*.py")
     parser.add_argument("--field", default="optimizer.learning_rate", help="of the config, a number above 0")
     parser.add_argument("--limit", type=int, default=6, help="a strategy's values: none is added beyond; default 6")
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--dry_run", action="store_true", help="print the commands, run nothing")
-    mode.add_argument("--check_only", action="store_true", help="check the configs, run nothing")
-    mode.add_argument("--report_only", action="store_true", help="make the report again, run nothing")
-    arguments, rest = parser.parse_known_args(argv)
-    given = {}
-    for argument in rest:
-        field, equals, value = argument.partition("=")
-        if not field.startswith("--config.") or not equals:
-            raise ConfigError("argument", argument, "unknown; write overrides as --config.field=value")
-        given[field.removeprefix("--config.")] = value
-    return arguments, given
+    parser.add_modes()
+    return parser.parse_overrides(argv)
 
 
 def make_plan(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> Plan:
@@ -238,11 +228,7 @@ def _conclude(folder: Path) -> int:
     print("\n" + "\n".join(f"- {said}" for said in tuning_report.findings(study, found)))
     if go_on := tuning_report.command(study, found):
         print(f"\n{go_on}")
-    print(f"\n{folder / 'report.md'}\n{folder / 'report.html'}")
-    left = [run for run in results["runs"] if run["status"] not in (runs.FINISHED, runs.DIVERGED)]
-    for run in left:
-        print(f"{run['name']} {run['status']}", file=sys.stderr)
-    return next((run["exit_code"] for run in left if run["exit_code"]), int(bool(left)))
+    return ledger.conclude(results["runs"], folder)
 
 
 if __name__ == "__main__":

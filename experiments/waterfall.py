@@ -72,18 +72,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     parser.add_argument("--workdir", type=as_folder, required=True, help="each run gets a folder in it")
     parser.add_argument("--seeds", help="of the last stage, divided by commas")
     parser.add_argument("--until", type=int, default=len(STAGES) - 1, help="the last stage to run")
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--dry_run", action="store_true", help="print the runs, run nothing")
-    mode.add_argument("--check_only", action="store_true", help="check the configs, run nothing")
-    mode.add_argument("--report_only", action="store_true", help="make the report again, run nothing")
-    arguments, rest = parser.parse_known_args(argv)
-    given = {}
-    for argument in rest:
-        name, equals, value = argument.partition("=")
-        if not name.startswith("--config.") or not equals:
-            raise ConfigError("argument", argument, "unknown; write overrides as --config.field=value")
-        given[name.removeprefix("--config.")] = value
-    return arguments, given
+    parser.add_modes()
+    return parser.parse_overrides(argv)
 
 
 def check_all(plan: Plan) -> int:
@@ -162,11 +152,7 @@ def report_only(workdir: Path) -> int:
 def _conclude(folder: Path) -> int:
     results = waterfall.write(folder)
     print(f"\n{waterfall_report.summary(results['analysis']['waterfall'])}")
-    print(f"\n{folder / 'report.md'}\n{folder / 'report.html'}")
-    left = [run for run in results["runs"] if run["status"] not in (runs.FINISHED, runs.DIVERGED)]
-    for run in left:
-        print(f"{run['name']} {run['status']}", file=sys.stderr)
-    return next((run["exit_code"] for run in left if run["exit_code"]), int(bool(left)))
+    return ledger.conclude(results["runs"], folder)
 
 
 if __name__ == "__main__":
