@@ -5,7 +5,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from research.analysis.page import Section, Table
 from research.analysis.style import FAINT, legend
@@ -162,6 +162,7 @@ def figure(found: Noise, styles: Mapping[str, dict[str, Any]], tokens_per_step: 
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.set_xlabel("tokens per row (log scale)")
         axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_locator(LogLocator(base=2, subs=(1, 1.5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axes.margins(x=0.1, y=0.12)
     left.set_ylabel(f"gradient variance at equal tokens\n(1: rows of {found[0]['short']}, independent)")
