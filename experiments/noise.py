@@ -107,7 +107,7 @@ def measure_all(workdir: Path, chosen: Sequence[str], batches: int) -> None:
     cells = [("independent", length) for length in lengths] + [("paired", length) for length in lengths[:-1]]
     todo = [(run, *cell) for run in chosen for cell in cells if cell[1] <= configs[run].seq_len]
     marks = {run: hashlib.sha256((workdir / run / "result.json").read_bytes()).hexdigest()[:16] for run in chosen}
-    fresh = [e for e in state["measured"] if e["result"] == marks.get(e["run"], e["result"])]
+    fresh = [e for e in state["measured"] if e.get("result") == marks.get(e["run"], e.get("result"))]
     state["measured"] = fresh  # a run that was trained again is measured again
     done = {(entry["run"], entry["order"], entry["length"]) for entry in fresh}
     todo = [entry for entry in todo if entry not in done]
