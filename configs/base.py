@@ -99,6 +99,7 @@ def _train() -> ConfigDict:
         dict(
             steps=placeholder(int),  # one of steps and tokens is set
             tokens=placeholder(int),
+            stages=placeholder(tuple),  # ((128, 0.5), ...): shorter rows first, for a share of the steps; unset: none
             accumulation=1,  # microbatches a step
             eval_every=10,  # steps; 0: only at the end
             checkpoint_every=20,  # steps; 0: only at the end

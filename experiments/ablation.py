@@ -178,7 +178,7 @@ def plan(arguments: argparse.Namespace) -> list[Planned]:
                 else:
                     file, overrides = config_file(name, arguments.scale), [*texts[name], *given]
                 if setting == "paired":
-                    if config.seq_len == longest and "independent" in arguments.settings:
+                    if config.seq_len == longest and not config.train.stages and "independent" in arguments.settings:
                         continue  # its rows are the blocks: both orders are one
                     overrides.append(f"--config.data.shuffle_block={longest}")
                 planned.append(Planned(Key(name, setting, number), file, tuple(overrides)))

@@ -70,6 +70,17 @@ def num_steps(config: Any) -> int:
     return math.ceil(config.train.tokens / (config.batch_size * config.seq_len))
 
 
+def shorter_stages(config: Any) -> tuple[tuple[int, float], ...]:
+    """config.train.stages: (tokens a row, share of the steps) of each; empty where it is unset, or of an older run."""
+    return tuple(config.train.get("stages") or ())
+
+
+def ends_of_stages(config: Any) -> tuple[int, ...]:
+    """The step at which each of config.train.stages ends, and the last of the run."""
+    steps, shares = num_steps(config), [share for _, share in shorter_stages(config)]
+    return (*(round(steps * sum(shares[: i + 1])) for i in range(len(shares))), steps)
+
+
 def validate(config: Any, mesh_shape: tuple[int, int, int], platform: str) -> None:
     """Every check that needs no data, for a mesh of (data, expert, seq) devices on 'cpu', 'gpu' or 'tpu'.
 
@@ -78,6 +89,7 @@ def validate(config: Any, mesh_shape: tuple[int, int, int], platform: str) -> No
     _validate_ranges(config)
     _validate_model(config.model)
     _validate_length(config)
+    _validate_stages(config, mesh_shape[2])
     _validate_shards(config, mesh_shape)
     _validate_backends(config, mesh_shape, platform)
     _validate_eval(config)
@@ -145,6 +157,39 @@ def _validate_length(config: Any) -> None:
             "config.optimizer.decay_fraction", optimizer.decay_fraction,
             f"and config.optimizer.warmup_fraction={optimizer.warmup_fraction} are more than the run; give less",
         )  # fmt: skip
+
+
+def _validate_stages(config: Any, seq: int) -> None:
+    stages = config.train.get("stages")
+    if not stages:
+        return
+
+    def refuse(message: str) -> None:
+        raise ConfigError("config.train.stages", stages, message)
+
+    if not all(_is_stage(stage) for stage in stages):
+        refuse("give pairs of tokens per row and share of the steps, such as ((128, 0.5), (512, 0.25)), or ()")
+    lengths, shares = zip(*stages, strict=True)
+    for length in lengths:
+        if length >= config.seq_len or config.seq_len % length:
+            refuse(f"{length} is no part of config.seq_len={config.seq_len}, which comes last; give divisors of it")
+        if length % seq:
+            refuse(f"rows of {length} are not divisible by the seq axis of {seq}; choose multiples")
+    if sum(shares) >= 1:
+        refuse(f"its shares make {sum(shares):g}, and leave nothing for rows of config.seq_len={config.seq_len}")
+    if config.data.protocol == "published":
+        refuse("the published protocol has windows of one length; use config.data.protocol=clean")
+    ends = ends_of_stages(config)
+    if any(end <= first for first, end in zip((0, *ends), ends, strict=False)):
+        refuse(f"a share of the {ends[-1]} steps is no whole step; train for more, or give larger ones")
+
+
+def _is_stage(stage: Any) -> bool:
+    """Whether it is (tokens a row, share of the steps)."""
+    if not isinstance(stage, (tuple, list)) or len(stage) != 2:
+        return False
+    length, share = stage
+    return type(length) is int and length >= 1 and isinstance(share, float) and 0 < share < 1
 
 
 def _validate_shards(config: Any, mesh_shape: tuple[int, int, int]) -> None:

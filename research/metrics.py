@@ -14,6 +14,7 @@ from importlib import metadata
 from typing import Any
 
 import jax
+import numpy as np
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from tensorboardX import SummaryWriter
@@ -23,6 +24,24 @@ from research import cores
 log = logging.getLogger(__name__)
 POSITION = ("step", "tokens", "flops", "train_seconds")  # in every row
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def of_step(got: dict[str, Any]) -> dict[str, float]:
+    """The row of a step's metrics (step.train_step), as arrays on the host."""
+    row = {
+        "train/loss": float(got["loss"]),
+        "train/balance_loss": float(got["balance_loss"]),
+        "train/accuracy": float(got["accuracy"]),
+        "optim/grad_norm": float(got["grad_norm"]),
+        "optim/learning_rate": float(got["learning_rate"]),
+    }
+    for name in ("max_violation", "entropy"):
+        for layer, value in enumerate(got["router"][name]):
+            row[f"moe/load_{name}/layer_{layer:02d}"] = float(value)
+    for name in ("load", "probability"):
+        for (layer, expert), value in np.ndenumerate(got["router"][name]):
+            row[f"moe/{name}/layer_{layer:02d}/expert_{expert:02d}"] = float(value)
+    return row
 
 
 class MetricsWriter:

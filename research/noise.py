@@ -95,6 +95,7 @@ def layout(config: Any, order: str, length: int, longest: int, seed: int) -> Any
     """
     config = config.copy_and_resolve_references()
     config.update(batch_size=longest // length, seq_len=length, seed=seed)
+    config.train.stages = None
     config.data.update(shuffle_block=0 if order == "independent" else longest, max_epochs=1)  # no piece comes twice
     return config
 

@@ -13,6 +13,7 @@ from research import cores, sizes, target
 from research.analysis import frontier, memory
 from research.analysis.programs import Programs
 from research.config import ConfigError
+from research.stages import alone, stages_of
 
 
 def planned(config: Any, workdir: str | None = None) -> Any:
@@ -36,13 +37,13 @@ def planned(config: Any, workdir: str | None = None) -> Any:
     if config.batch_size == -1 and begun is not None:
         print(f"batch size {begun}, of the run in {workdir}", file=sys.stderr)
         config = frontier.with_fields(config, dict(batch_size=begun)).lock()
-        needed = programs.usage(frontier.valid(config, programs)).total * sharing
+        needed = _largest(frontier.valid(config, programs), programs).total * sharing
         if needed > budget:  # on other devices, or by another compiler: the run is not lost for that
             message = f"warning: a step needs {sizes.show(needed)} here, more than config.memory_budget"
             print(f"{message}={config.memory_budget}", file=sys.stderr)
         return config
     if config.batch_size != -1:
-        usage = programs.usage(frontier.valid(config, programs))
+        usage = _largest(frontier.valid(config, programs), programs)
         needed = usage.total * sharing
         if needed > budget or usage.limit:
             has = (
@@ -55,7 +56,8 @@ def planned(config: Any, workdir: str | None = None) -> Any:
         if problem := frontier.over_in_evaluation(config, budget // sharing, programs):
             raise problem
         return config
-    cell = frontier.plan(config, budget // sharing, programs, field="config.memory_budget")
+    rows = frontier.with_fields(config, {"train.stages": None})  # a budget holds rows of one length
+    cell = frontier.plan(rows, budget // sharing, programs, field="config.memory_budget")
     if not cell.batch:
         raise frontier.too_small("config.memory_budget", config.memory_budget, [cell], sharing)
     where = f"on {sharing} cores" if sharing > 1 else "a device"
@@ -65,7 +67,17 @@ def planned(config: Any, workdir: str | None = None) -> Any:
         f" {cell.batch + cell.unit} would need {sizes.show(cell.next_bytes * sharing)}",
         file=sys.stderr,
     )
-    return frontier.with_fields(config, dict(batch_size=cell.batch)).lock()
+    config = frontier.with_fields(config, dict(batch_size=cell.batch)).lock()
+    needed = _largest(frontier.valid(config, programs), programs).total * sharing
+    if needed > budget:
+        message = f"a step of its shorter rows needs {sizes.show(needed)}; give config.batch_size"
+        raise ConfigError("config.memory_budget", config.memory_budget, message)
+    return config
+
+
+def _largest(config: Any, programs: Programs) -> memory.Usage:
+    """Of the stage whose step needs most."""
+    return max((programs.usage(alone(config, stage)) for stage in stages_of(config)), key=lambda usage: usage.total)
 
 
 def _begun(config: Any, workdir: str | None) -> int | None:

@@ -15,6 +15,7 @@ import numpy as np
 from research import cores, files, flops, metrics, process
 from research.config import ConfigError
 from research.data import heldout, stream, synthetic, tokens
+from research.stages import Stage, flops_until
 
 if TYPE_CHECKING:
     from research import evaluate
@@ -70,13 +71,12 @@ def finish(this: "Run", scores: dict[str, Scores], compiled_step: Any) -> dict[s
 def _content(this: "Run", scores: dict[str, Scores], compiled_step: Any) -> dict[str, Any]:
     config = this.config
     total_tokens = this.num_steps * this.tokens_per_step
+    total_flops = flops_until(config.model, this.stages, this.num_steps)
     rows = read_rows(this.workdir)
     step_seconds = [row["perf/step_s"] for row in rows if "perf/step_s" in row]
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
-    if not losses:
-        message = "its metrics.jsonl has lost its steps, and with them losses and times; train anew in another folder"
-        raise ConfigError("--workdir", this.workdir, message)
-    speed = this.tokens_per_step / float(np.median(step_seconds))
+    stages = [_stage(this, stage, rows) for stage in this.stages]
+    speed = total_tokens / sum(stage["steps"] * stage["step_seconds"] for stage in stages)
     peak = flops.peak_flops(jax.devices()[0].device_kind)
     environment = metrics.environment()
     return dict(
@@ -92,8 +92,9 @@ def _content(this: "Run", scores: dict[str, Scores], compiled_step: Any) -> dict
         tokens=total_tokens,
         epochs=total_tokens / stream.epoch_tokens(this.corpus, config),
         parameters=flops.parameter_counts(config.model),
-        flops_per_token=this.flops_per_token,
-        flops=total_tokens * this.flops_per_token,
+        stages=stages,
+        flops_per_token=total_flops / total_tokens,
+        flops=total_flops,
         corpus=config.data.source if not config.data.path else os.path.basename(config.data.path.rstrip("/")),
         fingerprint=this.corpus.fingerprint,
         train_tokens=len(this.corpus.train),
@@ -105,7 +106,7 @@ def _content(this: "Run", scores: dict[str, Scores], compiled_step: Any) -> dict
         step_seconds=dict(
             zip(("p10", "median", "p90"), np.percentile(step_seconds, (10, 50, 90)).tolist(), strict=True)
         ),
-        mfu=None if peak is None else flops.mfu(speed / this.mesh.size, this.flops_per_token, peak),
+        mfu=None if peak is None else flops.mfu(speed / this.mesh.size, total_flops / total_tokens, peak),
         memory_bytes=dict(
             compiled_step=compiled_bytes(compiled_step, this.mesh),
             process_peak=process.peak_bytes(),
@@ -121,6 +122,16 @@ def _content(this: "Run", scores: dict[str, Scores], compiled_step: Any) -> dict
         jax=jax.__version__,
         date=datetime.date.today().isoformat(),
     )
+
+
+def _stage(this: "Run", stage: Stage, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A stage's shape, and the median of its steps' seconds. (The row of its last step is always written.)"""
+    seconds = [row["perf/step_s"] for row in rows if "perf/step_s" in row and stage.first < row["step"] <= stage.end]
+    if not seconds:
+        message = "its metrics.jsonl has lost its steps, and with them losses and times; train anew in another folder"
+        raise ConfigError("--workdir", this.workdir, message)
+    shape = dict(steps=stage.steps, batch_size=stage.batch_size, seq_len=stage.seq_len)
+    return shape | dict(step_seconds=float(np.median(seconds)))
 
 
 def compiled_bytes(compiled: Any, mesh: jax.sharding.Mesh) -> int | None:

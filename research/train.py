@@ -18,6 +18,7 @@ from research.config import num_steps, validate
 from research.data import stream, tokens
 from research.model import ModelConfig, MoETransformer
 from research.optimizer import make_optimizer, make_schedule
+from research.stages import Stage, flops_until, stage_at, stages_of
 
 
 class DivergedError(RuntimeError):
@@ -33,11 +34,14 @@ class Run:
     corpus: tokens.Corpus
     mesh: jax.sharding.Mesh
     model: MoETransformer
-    num_steps: int
-    flops_per_token: float
+    stages: tuple[Stage, ...]
     suites: dict[str, evaluate.Suite]
     clocks: metrics.Clocks
     signals: list[int]  # that came and ask to stop
+
+    @property
+    def num_steps(self) -> int:
+        return self.stages[-1].end
 
     @property
     def tokens_per_step(self) -> int:
@@ -88,8 +92,7 @@ def _run(config, workdir, corpus, suites, clocks) -> dict[str, Any]:
             corpus=corpus,
             mesh=sharding.make_mesh(config.mesh, cores.devices_of(config)),
             model=MoETransformer(ModelConfig(**config.model, fsdp=config.mesh.fsdp)),
-            num_steps=num_steps(config),
-            flops_per_token=flops.train_flops_per_token(config.model, config.seq_len),
+            stages=stages_of(config),
             suites=suites,
             clocks=clocks,
             signals=came,
@@ -116,15 +119,13 @@ def _train(this: Run) -> dict[str, Any]:
     with contextlib.closing(manager):
         state, cursor = _start(this, manager, optimizer)
         with this.clocks.measure("compile"):
-            batch = _next_batch(this, cursor)
-            traced = step.make_train_step(this.model, optimizer, schedule).trace(state, batch)
-            compiled_step = heaps.compiled(traced, this.num_steps)
+            compiled_steps = _compiled(this, step.make_train_step(this.model, optimizer, schedule), state)
         with (
             metrics.MetricsWriter(this.workdir, int(state.step)) as writer,
             metrics.Progress(this.num_steps, int(state.step), config.strategy) as progress,
         ):
             try:
-                scores = _loop(this, state, cursor, compiled_step, manager, writer, progress)
+                scores = _loop(this, state, cursor, compiled_steps, manager, writer, progress)
             except DivergedError as error:
                 manager.wait_until_finished()
                 newest = manager.latest_step()
@@ -132,7 +133,17 @@ def _train(this: Run) -> dict[str, Any]:
                 raise DivergedError(f"{error}; {kept}") from None
         with this.clocks.measure("checkpoint"):
             manager.wait_until_finished()
-    return result.finish(this, scores, compiled_step)
+    return result.finish(this, scores, compiled_steps[this.stages[-1]])
+
+
+def _compiled(this: Run, train_step: Any, state: step.TrainState) -> dict[Stage, Any]:
+    """The step of each stage that is not over; of the last one always."""
+    found = {}
+    for stage in this.stages:
+        if stage.end > int(state.step) or stage is this.stages[-1]:
+            batch = _next_batch(this, stage.first * this.tokens_per_step)
+            found[stage] = heaps.compiled(train_step.trace(state, batch), stage.steps)
+    return found
 
 
 def _start(this: Run, manager: Any, optimizer: Any) -> tuple[step.TrainState, int]:
@@ -155,7 +166,7 @@ def _next_batch(this: Run, cursor: int) -> dict[str, jax.Array]:
     return sharding.put_batch({k: x.reshape(parts, -1, x.shape[-1]) for k, x in batch.items()}, this.mesh)
 
 
-def _loop(this, state, cursor, compiled_step, manager, writer, progress):
+def _loop(this, state, cursor, compiled_steps, manager, writer, progress):
     """All steps that are left. Metrics are fetched a step late, so that the device never waits for the host."""
     train, compiled_eval = this.config.train, {}
     now, scores, pending = int(state.step), None, None
@@ -164,6 +175,7 @@ def _loop(this, state, cursor, compiled_step, manager, writer, progress):
         if scores is None:
             raise _stopped(this, now)  # its checkpoint is there, and the evaluation is still owed
     while now < this.num_steps:
+        compiled_step = compiled_steps[stage_at(this.stages, now)]
         state, fetched = _one_step(this, state, cursor, compiled_step, manager)
         with this.clocks.measure("train"):
             now, cursor = now + 1, cursor + this.tokens_per_step
@@ -225,20 +237,7 @@ def _fetch(this: Run, now: int, cursor: int, fetched: dict[str, Any]) -> dict[st
         raise DivergedError(f"step {now}: none of its tokens is a target; give a larger config.batch_size or seq_len")
     if not (np.isfinite(got["loss"]) and np.isfinite(got["grad_norm"])):
         raise _diverged(now, f"loss {got['loss']}, gradient norm {got['grad_norm']}")
-    row = _position(this, now, cursor) | {
-        "train/loss": float(got["loss"]),
-        "train/balance_loss": float(got["balance_loss"]),
-        "train/accuracy": float(got["accuracy"]),
-        "optim/grad_norm": float(got["grad_norm"]),
-        "optim/learning_rate": float(got["learning_rate"]),
-    }
-    for name in ("max_violation", "entropy"):
-        for layer, value in enumerate(got["router"][name]):
-            row[f"moe/load_{name}/layer_{layer:02d}"] = float(value)
-    for name in ("load", "probability"):
-        for (layer, expert), value in np.ndenumerate(got["router"][name]):
-            row[f"moe/{name}/layer_{layer:02d}/expert_{expert:02d}"] = float(value)
-    return row
+    return _position(this, now, cursor) | metrics.of_step(got)
 
 
 def _diverged(now: int, what: str) -> DivergedError:
@@ -250,7 +249,7 @@ def _position(this: Run, now: int, cursor: int) -> dict[str, Any]:
     return {
         "step": now,
         "tokens": cursor,
-        "flops": now * this.tokens_per_step * this.flops_per_token,
+        "flops": flops_until(this.config.model, this.stages, now),
         "train_seconds": this.clocks.total("train"),
     }
 
@@ -262,8 +261,9 @@ def _record(this: Run, row: dict[str, Any], writer: Any, progress: Any) -> None:
     row |= {"perf/step_s": seconds, "perf/tokens_per_s": speed}
     peak = flops.peak_flops(jax.devices()[0].device_kind)
     if peak is not None:
-        row["perf/mfu"] = flops.mfu(speed / this.mesh.size, this.flops_per_token, peak)
-    if _due(row["step"], this.config.train.log_every) or row["step"] == this.num_steps:
+        per_token = flops.train_flops_per_token(this.config.model, stage_at(this.stages, row["step"] - 1).seq_len)
+        row["perf/mfu"] = flops.mfu(speed / this.mesh.size, per_token, peak)
+    if _due(row["step"], this.config.train.log_every) or row["step"] in {stage.end for stage in this.stages}:
         writer.write(row)
     progress.update(row)
 

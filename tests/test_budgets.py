@@ -15,7 +15,8 @@ def arm_of(strategy: str, losses: list, *, seeds=(0, 1, 2), step=1.0, flops=100.
             {"step": i, "tokens": i * tokens, "flops": i * flops, "train_seconds": 7.0 * i, "eval/loss@96": loss}
             for i, loss in enumerate(run, 1)
         ]
-        result = dict(seq_len=128, step_seconds=dict(median=step * (1 + i)), memory_bytes=dict(compiled_step=memory))
+        result = dict(seq_len=128, steps=len(run), memory_bytes=dict(compiled_step=memory))
+        result |= dict(step_seconds=dict(median=step * (1 + i)))
         runs.append(Run(Key(strategy, "independent", seed), "finished", result, {}, tuple(curve)))
     return Arm(strategy, "independent", tuple(runs))
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from research import signals, train
+from research import signals, stages, train
 from research.config import ConfigError
 
 
@@ -65,5 +65,6 @@ def test_a_damaged_result_is_made_again_and_a_run_without_its_rows_is_refused(tm
         assert train.result.read(str(tmp_path)) is None and "damaged" in caplog.text
     (tmp_path / "metrics.jsonl").write_text("")
     this = SimpleNamespace(config=base.get_config("cpu"), workdir=str(tmp_path), num_steps=80, tokens_per_step=8)
+    this.stages = (stages.Stage(0, 80, 2, 4),)
     with pytest.raises(ConfigError, match="metrics.jsonl has lost its steps"):
         train.result._content(this, {}, None)

@@ -196,6 +196,37 @@ def test_a_signal_saves_and_the_same_command_goes_on(home, whole, tmp_path):
     assert_same_run(tmp_path, whole)
 
 
+GROWS = "train.stages=((16, 0.3), (32, 0.4))"  # to step 18, to step 42, and rows of 64 to step 60
+
+
+@pytest.fixture(scope="module")
+def grown(home) -> Path:
+    """The folder of a run of rows that grow, that nothing interrupted."""
+    run(home, home / "grown", GROWS)
+    return home / "grown"
+
+
+@pytest.mark.parametrize("at", [10, 40, 50])  # in the first stage, just before a border, in the last one
+def test_rows_that_grow_go_on_in_any_stage(home, grown, tmp_path, at):
+    copy_until(grown, tmp_path / "run", at)
+    assert resumed_at(run(home, tmp_path / "run", GROWS)) == at
+    assert_same_run(tmp_path / "run", grown)
+    found, wanted = (json.loads((folder / "result.json").read_text()) for folder in (tmp_path / "run", grown))
+    for result in (found, wanted):
+        assert [(s["steps"], s["batch_size"], s["seq_len"]) for s in result["stages"]] == [
+            (18, 32, 16), (24, 16, 32), (18, 8, 64),
+        ]  # fmt: skip
+        assert all(stage["step_seconds"] > 0 for stage in result["stages"])
+    assert found["flops"] == wanted["flops"] == rows(grown)[-1]["flops"]
+    assert found["memory_bytes"]["compiled_step"] == wanted["memory_bytes"]["compiled_step"]
+
+
+def test_rows_that_grow_do_not_go_on_as_another_run(home, grown, tmp_path):
+    shutil.copytree(grown, tmp_path / "run")
+    code, said = finish(start(home, tmp_path / "run"))
+    assert code == 2 and "config.train.stages" in said
+
+
 def test_an_interrupt_from_the_keyboard_saves(home, whole, tmp_path):
     code, said = stop(home, tmp_path, signal.SIGINT, 6, "train.eval_every=0")
     assert code == 130, said

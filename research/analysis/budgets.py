@@ -41,19 +41,32 @@ def analyse(arms: Sequence[Arm], shared: Sequence[int]) -> dict[str, Any]:
 
 
 def step_seconds(arm: Arm) -> float:
-    """Median step of the arm's least disturbed run, in seconds."""
-    return rounded(min(run.result["step_seconds"]["median"] for run in arm.runs))
+    """Median step of the arm's least disturbed run, in seconds; where rows grow, the mean of the stages' own."""
+    steps, seconds = _clock(arm)
+    return rounded(seconds[-1] / steps[-1])
+
+
+def _clock(arm: Arm) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, seconds) from the start of a run to the start and end of each of its stages."""
+    first, runs = arm.first, [run.result for run in arm.runs]
+    if arm.grows:
+        steps = [stage["steps"] for stage in first["stages"]]
+        medians = [min(run["stages"][i]["step_seconds"] for run in runs) for i in range(len(steps))]
+    else:
+        steps, medians = [first["steps"]], [min(run["step_seconds"]["median"] for run in runs)]
+    return np.cumsum([0, *steps]), np.cumsum([0.0, *np.multiply(steps, medians)])
 
 
 def _curve(arm: Arm, axis: str, context: int) -> dict[str, Any]:
     """The evaluations of each of `seeds`: x on the axis, y in nats per token."""
-    scale = step_seconds(arm) if axis == "seconds" else 1
     name = "step" if axis == "seconds" else axis
     points = [_evaluations(run, name, context) for run in arm.runs]
+    if axis == "seconds":
+        points = [[(np.interp(step, *_clock(arm)), loss) for step, loss in run] for run in points]
     return dict(
         strategy=arm.strategy,
         seeds=arm.seeds,
-        x=[[rounded(scale * x) for x, _ in run] for run in points],
+        x=[[rounded(x) for x, _ in run] for run in points],
         y=[[rounded(y) for _, y in run] for run in points],
     )
 
@@ -156,7 +169,7 @@ def _equal_table(found: dict[str, Any]) -> Table:
         f"Held-out loss at context {found['context']}, nats per token: mean over seeds [lowest, highest seed]. Read "
         "off the evaluations by linear interpolation. Memory is that of the compiled step; it counts as equal where "
         "all strategies need the same to within 5 %. Train seconds: steps times the median step of the least "
-        "disturbed run."
+        "disturbed run (stage by stage where rows grow)."
     )
     if any(row[-1] == "not measured" for row in rows):
         note += " Not measured: one is evaluated later for the first time."

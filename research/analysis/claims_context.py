@@ -230,7 +230,10 @@ def context_for_speed(analysis: Analysis) -> Judged:
 
 
 def in_practice(analysis: Analysis) -> Judged:
-    """A habit of others, which a study of its own cannot confirm."""
+    """A habit of others. What a study can say of it: whether rows that grow longer end as low as long ones from the
+    start, on the same targets with all their context."""
+    if (growing := evidence.growing(analysis)) and not evidence.leak(analysis):
+        return _extended(analysis, growing)
     lengths = [f"{arm['seq_len']:,}" for arm in arms(analysis).values()]
     text = f"Rows of {listed(lengths)} tokens were trained from scratch, none extended later." if lengths else ""
     effective = {name: e["effective"] for name, e in _curves(analysis).items() if e["effective"]}
@@ -241,3 +244,25 @@ def in_practice(analysis: Analysis) -> Judged:
         UNTESTED,
         text + " Training checkpoints on at other lengths, against those lengths from the start, would tell.",
     )
+
+
+def _extended(analysis: Analysis, growing: list[str]) -> Judged:
+    """Rows that grow against rows as long as they end, at the longest context that both were trained at."""
+    known = arms(analysis)
+    ends = {name: arm["seq_len"] for name, arm in known.items()}
+    pairs = [(a, b) for a in growing for b in known if b not in growing and ends.get(a) == ends[b]]
+    gaps = []
+    for a, b in pairs:
+        compared = [e["context"] for e in analysis["differences"] if {e["a"], e["b"]} == {a, b}]
+        gap = evidence.gap(analysis, a, b, max(compared, default=None))
+        gaps += [gap] if gap else []
+    if not gaps:
+        return UNTESTED, "Rows as long from the start as those that grow here end would tell."
+    each = "; ".join(f"{e['a']} minus {e['b']} {evidence.said(e)} at context {e['context']:,}" for e in gaps)
+    text = f"Rows extended later against rows as long from the start, in nats per token: {each}."
+    text += " Lengths of others' practice were not compared."
+    if evidence.extreme(gaps, -1):
+        return CONDITIONS, text
+    if any(gap["shown"] and gap["mean"] > 0 for gap in gaps):
+        return FAILS, text
+    return UNTESTED, f"{text} Undecided: more seeds or tokens would tell."

@@ -67,6 +67,7 @@ def describe(arm: Arm) -> dict[str, Any]:
         setting=arm.setting,
         seeds=arm.seeds,
         **{name: first[name] for name in ("protocol", "batch_size", "seq_len", "tokens_per_step", "steps", "tokens")},
+        stages=first["stages"] if arm.grows else None,
         contexts=by_context,
         **{
             name: {c: _mean([r["eval"]["contexts"][c].get(name) for r in results]) for c in by_context}

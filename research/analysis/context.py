@@ -52,10 +52,11 @@ def bin_own(own_loss: np.ndarray, own_document: np.ndarray, own_place: np.ndarra
 def analyse(arms: Sequence[Any]) -> list[dict[str, Any]]:
     """One entry an arm (study.Arm), in order: curve, gains, slope, effective context, positions, in-context learning.
 
-    `against`: the difference of its curve from that of the strategy of the longest rows in the same setting.
+    `against`: the difference of its curve from that of the strategy of the longest rows in the same setting (of one
+    length, where there is one).
     """
     longest = {}
-    for arm in sorted(arms, key=lambda arm: arm.first["seq_len"]):
+    for arm in sorted(arms, key=lambda arm: (arm.first["seq_len"], not arm.grows)):
         longest[arm.setting] = arm
     return [
         dict(strategy=arm.strategy, setting=arm.setting, seq_len=arm.first["seq_len"], seeds=arm.seeds)

@@ -27,6 +27,26 @@ def arms(analysis: Analysis, setting: str = "independent") -> dict[str, Arm]:
     return {arm["strategy"]: arm for arm in sorted(found, key=lambda arm: arm["seq_len"])}
 
 
+def without(value: Any, names: Collection[str]) -> Any:
+    """An analysis without some strategies: what is said of them, alone or against others, is left out."""
+    if isinstance(value, Mapping):
+        return {key: without(inner, names) for key, inner in value.items() if key not in names}
+    if isinstance(value, (list, tuple)):
+        return [without(inner, names) for inner in value if not _named(inner) & set(names)]
+    return value
+
+
+def _named(value: Any) -> set[Any]:
+    if isinstance(value, Mapping):
+        return {value.get(name) for name in ("strategy", "a", "b") if isinstance(value.get(name), str)}
+    return {value} if isinstance(value, str) else set()
+
+
+def growing(analysis: Analysis) -> list[str]:
+    """The strategies whose rows grow: they are of no one length."""
+    return list(dict.fromkeys(arm["strategy"] for arm in analysis.get("arms") or [] if arm.get("stages")))
+
+
 def unfinished(analysis: Analysis, *strategies: str) -> str | None:
     """The sentence that says which of these strategies the study has no run of; None where all are there."""
     known = arms(analysis)

@@ -6,6 +6,7 @@ from typing import Any
 from research.analysis import budgets, noise_report, recall
 from research.analysis.comparison import difference_of
 from research.analysis.original import RANKING
+from research.analysis.study import shapes_of
 
 LITTLE = 0.05  # nats per token: a gain from context below it is next to none
 
@@ -20,6 +21,7 @@ def as_list(analysis: dict[str, Any]) -> str:
         + why(analysis)
         + noise_report.finding(analysis.get("noise", ()))
         + more_context(analysis)
+        + grown(analysis)
         + scarce(analysis)
         + recalls(analysis)
         + ranking(analysis)
@@ -98,6 +100,26 @@ def more_context(analysis: dict[str, Any]) -> list[str]:
             f"Beyond {first} tokens of context no strategy gains {LITTLE} nats per token: with so little training next "
             "to nothing of what long rows are for has been learnt, and it is not tested."
         )
+    return sentences
+
+
+def grown(analysis: dict[str, Any]) -> list[str]:
+    """What rows that grow are against the others, each strategy with all the context that it was trained at."""
+    pairs = (analysis.get("reach") or {}).get("pairs", ())
+    sentences = []
+    for arm in analysis["arms"]:
+        name, said = arm["strategy"], []
+        for pair in pairs if arm.get("stages") and arm["setting"] == "independent" else ():
+            if pair["setting"] == "independent" and name in (pair["a"], pair["b"]):
+                other = pair["b"] if pair["a"] == name else pair["a"]
+                low, high = sorted(abs(pair[end] or 0) for end in ("low", "high"))
+                side = "below" if (pair["mean"] < 0) == (pair["a"] == name) else "above"
+                amount = f"{abs(pair['mean']):.3f} {side} {other} [{low:.3f}, {high:.3f}]"
+                said.append(amount if pair["shown"] else f"not shown to differ from {other}")
+        if said:
+            lengths = ", then ".join(f"{length:,}" for _, length in shapes_of(arm))
+            text = f"{name}, in rows of {lengths} tokens, is {listed(said)}"
+            sentences.append(f"With all the context that each was trained at, {text}.")
     return sentences
 
 

@@ -46,6 +46,12 @@ TERMS: tuple[tuple[str, str], ...] = (
         "not see the whole text, that the run comes from (diversity). Both models are scored with the same context.",
     ),
     (
+        "Rows that grow",
+        "A run whose steps hold as many tokens throughout, cut into short rows first and into longer ones later "
+        "(config.train.stages). Its trained length is that of the last. In independent order a stage draws its rows "
+        "from all of the text that it reads.",
+    ),
+    (
         "Noise of the gradient",
         "How much the gradient of one piece of text differs from that of another, at fixed weights: the trace of their "
         "covariance. The noise scale is the number of tokens whose mean gradient has as much noise as signal.",

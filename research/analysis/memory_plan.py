@@ -31,6 +31,9 @@ def make(
     Says on stderr what is being compiled. Raises: ConfigError for what cannot run there, or where nothing fits.
     """
     size = sizes.parse(budget, "--budget")
+    if config.train.stages:
+        message = "a frontier has rows of one length in each cell; add --config.train.stages=()"
+        raise ConfigError("config.train.stages", config.train.stages, message)
     backends = law_backends(config, target) if law else []
     grid = law_lengths(lengths) if law else []
     total = len(lengths) * len(choices) + len(backends) * len(grid) * len(LAW_BATCHES)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from research.analysis.page import Table
+from research.analysis.study import shape
 from research.config import differences
 
 Run = Mapping[str, Any]
@@ -55,9 +56,9 @@ def facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     if not found:
         return [("runs", f"0 of {len(results['runs'])} finished")]
     text = text_runs(results)
-    shapes = {run["strategy"]: f"{run['result']['batch_size']} x {run['result']['seq_len']}" for run in text or found}
+    shapes = {run["strategy"]: shape(run["result"]) for run in text or found}
     facts_ = [
-        ("strategies (rows x tokens)", ", ".join(f"{name} {shape}" for name, shape in shapes.items())),
+        ("strategies (rows x tokens)", ", ".join(f"{name} {said}" for name, said in shapes.items())),
         ("runs", f"{len(found)} of {len(results['runs'])} finished"),
         ("seeds", ", ".join(map(str, sorted({run["seed"] for run in found})))),
     ]

@@ -70,6 +70,11 @@ class Arm:
         return self.runs[0].result
 
     @property
+    def grows(self) -> bool:
+        """Whether its rows grow longer during a run (config.train.stages)."""
+        return len(self.first.get("stages") or ()) > 1
+
+    @property
     def contexts(self) -> list[int]:
         """Contexts (tokens) that every run was scored at, rising."""
         return sorted(set.intersection(*(set(run.losses) for run in self.runs)))
@@ -84,7 +89,7 @@ def arms(runs: Sequence[Run], setting: str) -> list[Arm]:
     """The arms of a setting that have a finished run, in the order of the runs.
 
     Where blocks are as long as a strategy's rows, paired and independent order are one: its independent runs serve
-    as its paired ones, of seeds that it has no paired run of.
+    as its paired ones, of seeds that it has no paired run of. (Not of rows that grow: the shorter ones differ.)
     """
     finished = [run for run in runs if run.finished]
     chosen = [run for run in finished if run.key.setting == setting]
@@ -92,12 +97,23 @@ def arms(runs: Sequence[Run], setting: str) -> list[Arm]:
         block = chosen[0].config["data"]["shuffle_block"]
         there = {(run.key.strategy, run.key.seed) for run in chosen}
         independent = [run for run in finished if run.key.setting == "independent"]
-        alike = [run for run in independent if run.result["protocol"] == "clean" and run.result["seq_len"] == block]
+        whole = [run for run in independent if shapes_of(run.result) == [(run.result["batch_size"], block)]]
+        alike = [run for run in whole if run.result["protocol"] == "clean"]
         chosen += [run for run in alike if (run.key.strategy, run.key.seed) not in there]
     found: dict[str, list[Run]] = {}
     for run in chosen:
         found.setdefault(run.key.strategy, []).append(run)
     return [Arm(name, setting, tuple(sorted(own, key=lambda r: r.key.seed))) for name, own in found.items()]
+
+
+def shapes_of(about: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Rows and tokens of a row, of each stage of what a result, or an arm of an analysis, is about."""
+    return [(stage["batch_size"], stage["seq_len"]) for stage in about.get("stages") or [about]]
+
+
+def shape(about: Mapping[str, Any]) -> str:
+    """Such as '4 x 2048', or '64 x 128 then 4 x 2048' where rows grow."""
+    return " then ".join(f"{rows} x {length}" for rows, length in shapes_of(about))
 
 
 def same_targets(a: Run, b: Run) -> bool:

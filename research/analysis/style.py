@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from research.analysis.study import shapes_of
 from research.files import write_bytes
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; (colour, marker, line) of a
@@ -88,8 +89,15 @@ def trained_length(axes: Axes, seq_len: int, color: str) -> None:
 
 
 def name_of(arm: dict[str, Any]) -> str:
-    """An arm as legends call it: its strategy and B×T."""
+    """An arm as legends call it: its strategy and B×T, or T alone where rows grow."""
+    if arm.get("stages"):
+        return f"{arm['strategy']}  {lengths_of(arm)}"
     return f"{arm['strategy']}  {arm['batch_size']}×{arm['seq_len']}"
+
+
+def lengths_of(arm: Mapping[str, Any]) -> str:
+    """T=2,048, or T=128→2,048 where rows grow."""
+    return "T=" + "→".join(f"{length:,}" for _, length in shapes_of(arm))
 
 
 def save(figure: Figure, folder: Path, name: str) -> None:

@@ -6,6 +6,10 @@ in a drawn order; token p of the run lies in epoch p // (n S), at place p % (n S
 is the next token of the array, so a block shows one token more than its length, and every token of
 an epoch is a target once, whatever the batch's shape.
 
+Where rows grow (config.train.stages) blocks are as long as the longest rows. A stage of shorter ones cuts those of its
+own blocks and draws the rows' order anew, so that the rows of a step come from places of their own there too; with a
+shuffle_block they stay in the order of the blocks.
+
 Protocol `published`. An epoch is a permutation of the train windows: of all windows of T tokens at
 stride 1, the share that is not held out. Neighbouring windows share T - 1 tokens, so the split
 leaks, as in the experiment that is reproduced.
@@ -18,12 +22,14 @@ from typing import Any
 import grain
 import numpy as np
 
-from research.config import ConfigError
+from research.config import ConfigError, shorter_stages
 from research.data.tokens import Corpus
+from research.stages import Stage, stage_at, stages_of
 
 
 def batch(corpus: Corpus, config: Any, cursor: int) -> dict[str, np.ndarray]:
-    """A step that begins after `cursor` tokens: int32 `inputs` [B, T] and `targets` [B, T] (-1: not scored).
+    """A step that begins after `cursor` tokens: int32 `inputs` [B, T] and `targets` [B, T] (-1: not scored), B and T
+    those of the step's stage.
 
     With config.data.mask_documents also int32 `segments` [B, T], from 1, one for each stretch of a
     document in a row, and `positions` [B, T], counted from the start of the stretch. Under
@@ -33,15 +39,13 @@ def batch(corpus: Corpus, config: Any, cursor: int) -> dict[str, np.ndarray]:
     if corpus.protocol == "published":
         windows = np.arange(shape[0]) + cursor // shape[1]
         return window_rows(corpus.train, _train_windows(corpus, config, windows), shape[1])
-    size, blocks, slack = _layout(corpus, config)
-    places_N = np.arange(cursor, cursor + shape[0] * shape[1])
-    first, last = cursor // size, (cursor + shape[0] * shape[1] - 1) // size
-    starts = []
-    for epoch, group in itertools.groupby(range(first, last + 1), key=lambda block: block // blocks):
-        order = permutation(blocks, config.seed, f"blocks of epoch {epoch}")
-        offset = draw(config.seed, f"offset of epoch {epoch}") % (slack + 1)
-        starts += [offset + size * order[block % blocks] for block in group]
-    sources_N = np.array(starts)[places_N // size - first] + places_N % size
+    if not shorter_stages(config):
+        sources_N = _sources(corpus, config, cursor, shape[0] * shape[1])
+    else:
+        stage = stage_at(stages_of(config), cursor // (shape[0] * shape[1]))
+        shape = stage.batch_size, stage.seq_len
+        places = _places_of_rows(config, stage, cursor, epoch_tokens(corpus, config))
+        sources_N = np.concatenate([_sources(corpus, config, place, stage.seq_len) for place in places])
     rows = {
         "inputs": corpus.train[sources_N].reshape(shape).astype(np.int32),
         "targets": corpus.train[sources_N + 1].reshape(shape).astype(np.int32),
@@ -51,6 +55,35 @@ def batch(corpus: Corpus, config: Any, cursor: int) -> dict[str, np.ndarray]:
     if config.data.mask_documents:
         rows |= document_rows(corpus.train_starts, sources_N.reshape(shape))
     return rows
+
+
+def _sources(corpus: Corpus, config: Any, place: int, count: int) -> np.ndarray:
+    """Where in the train array `count` tokens from a place of the run on are read."""
+    size, blocks, slack = _layout(corpus, config)
+    places_N = np.arange(place, place + count)
+    first, last = place // size, (place + count - 1) // size
+    starts = []
+    for epoch, group in itertools.groupby(range(first, last + 1), key=lambda block: block // blocks):
+        order = permutation(blocks, config.seed, f"blocks of epoch {epoch}")
+        offset = draw(config.seed, f"offset of epoch {epoch}") % (slack + 1)
+        starts += [offset + size * order[block % blocks] for block in group]
+    return np.array(starts)[places_N // size - first] + places_N % size
+
+
+def _places_of_rows(config: Any, stage: Stage, cursor: int, epoch: int) -> list[int]:
+    """The place of the run at which each row of a step is read: the step's own, or one drawn from all that the stage
+    reads in that epoch."""
+    tokens, length = stage.batch_size * stage.seq_len, stage.seq_len
+    places = range(cursor, cursor + tokens, length)
+    if config.data.shuffle_block or length == config.seq_len:
+        return list(places)
+    drawn = []
+    for number, group in itertools.groupby(places, key=lambda place: place // epoch):
+        low = max(stage.first * tokens, number * epoch)
+        high = min(stage.end * tokens, (number + 1) * epoch)
+        order = permutation((high - low) // length, config.seed, f"rows from {low} to {high}")
+        drawn += [low + length * order[(place - low) // length] for place in group]
+    return drawn
 
 
 def epoch_tokens(corpus: Corpus, config: Any) -> int:
