@@ -57,6 +57,7 @@ from experiments.flags import OVERRIDES, Parser, load_config
 from experiments.rounds import progress, time_all
 from research import process
 from research.config import ConfigError
+from research.stages import refuse_stages
 
 PLATFORMS = ("cpu", "gpu", "tpu")
 STRATEGIES = ("large_batch", "balanced", "long_seq")
@@ -127,6 +128,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, ConfigDict
     configs = {}
     for name in arguments.strategies:
         configs[name] = load_config(f"{ROOT / 'configs' / name}.py:{arguments.scale}", overrides)
+        refuse_stages(configs[name])
         check(configs[name], arguments.implementations)
     return arguments, configs
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from experiments.flags import read_flags
 from research.config import ConfigError
+from research.stages import refuse_stages
 
 STEPS = 3  # after the first
 
@@ -28,6 +29,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     try:
         config, _ = read_flags(argv, "memory_step", __doc__)
+        refuse_stages(config)
         print(json.dumps(measure(config)))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -30,6 +30,7 @@ from experiments.flags import (  # noqa: E402
 from research import target  # noqa: E402
 from research.analysis import scale, scale_report  # noqa: E402
 from research.config import ConfigError  # noqa: E402
+from research.stages import refuse_stages
 
 STRATEGIES = ("large_batch", "balanced", "long_seq")
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -63,6 +64,8 @@ def plan(arguments: argparse.Namespace, overrides: Sequence[str]) -> list[dict[s
     """The rows of all strategies, numbers of devices and meshes that can hold them."""
     counts, seqs = _numbers("--devices", arguments.devices), _numbers("--seq", arguments.seq)
     configs = [load_config(f"{CONFIGS / name}.py:{arguments.scale}", overrides) for name in STRATEGIES]
+    for config in configs:
+        refuse_stages(config)
     longest = math.lcm(*(config.seq_len for config in configs))
     if arguments.tokens < 1 or arguments.tokens % longest:
         raise ConfigError("--tokens", arguments.tokens, f"give a multiple of {longest}: whole rows of each strategy")

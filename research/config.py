@@ -1,5 +1,6 @@
 """One place where a config is checked, whole, before anything compiles or is written."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -170,9 +171,9 @@ def _validate_stages(config: Any, seq: int) -> None:
     if not all(_is_stage(stage) for stage in stages):
         refuse("give pairs of tokens per row and share of the steps, such as ((128, 0.5), (512, 0.25)), or ()")
     lengths, shares = zip(*stages, strict=True)
-    for length in lengths:
-        if length >= config.seq_len or config.seq_len % length:
-            refuse(f"{length} is no part of config.seq_len={config.seq_len}, which comes last; give divisors of it")
+    for length, longer in itertools.pairwise((*lengths, config.seq_len)):
+        if length >= longer or config.seq_len % length:
+            refuse(f"{length} before {longer}: give rising lengths that divide config.seq_len={config.seq_len}")
         if length % seq:
             refuse(f"rows of {length} are not divisible by the seq axis of {seq}; choose multiples")
     if sum(shares) >= 1:

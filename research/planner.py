@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from research import cores, sizes, target
 from research.analysis import frontier, memory
 from research.analysis.programs import Programs
@@ -67,12 +69,21 @@ def planned(config: Any, workdir: str | None = None) -> Any:
         f" {cell.batch + cell.unit} would need {sizes.show(cell.next_bytes * sharing)}",
         file=sys.stderr,
     )
-    config = frontier.with_fields(config, dict(batch_size=cell.batch)).lock()
-    needed = _largest(frontier.valid(config, programs), programs).total * sharing
-    if needed > budget:
-        message = f"a step of its shorter rows needs {sizes.show(needed)}; give config.batch_size"
-        raise ConfigError("config.memory_budget", config.memory_budget, message)
-    return config
+    return _fitting(config, cell, budget // sharing, programs).lock()
+
+
+def _fitting(config: Any, cell: frontier.Cell, budget: int, programs: Programs) -> ConfigDict:
+    """With the batch of a cell, or as many rows less as the steps of shorter rows need to fit `budget` a device."""
+    batch = cell.batch
+    while batch > 0:
+        planned = frontier.with_fields(config, dict(batch_size=batch))
+        needed = _largest(frontier.valid(planned, programs), programs).total
+        if needed <= budget:
+            return planned
+        batch = min(batch - cell.unit, batch * budget // needed // cell.unit * cell.unit)
+        print(f"shorter rows need {sizes.show(needed)} per device: batch size {batch}", file=sys.stderr)
+    message = f"a step of shorter rows needs {sizes.show(needed)} per device; give more"
+    raise ConfigError("config.memory_budget", config.memory_budget, message)
 
 
 def _largest(config: Any, programs: Programs) -> memory.Usage:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from research.config import ends_of_stages, shorter_stages
+from research.config import ConfigError, ends_of_stages, shorter_stages
 from research.flops import train_flops_per_token
 
 
@@ -53,8 +53,15 @@ def flops_until(model: Any, found: tuple[Stage, ...], now: int) -> float:
 
 
 def alone(config: Any, stage: Stage) -> ConfigDict:
-    """The config of a run that is this stage and nothing else: its step is the same program."""
+    """The config of a run in rows of this stage throughout: its step is the same program."""
     changed = ConfigDict(config.to_dict())
     changed.update(batch_size=stage.batch_size, seq_len=stage.seq_len)
-    changed.train.update(stages=None, steps=stage.steps, tokens=None)
+    changed.train.stages = None
     return changed
+
+
+def refuse_stages(config: Any) -> None:
+    """Raises: ConfigError where rows grow, for what measures rows of one length."""
+    if shorter_stages(config):
+        message = "here rows have one length; add --config.train.stages=()"
+        raise ConfigError("config.train.stages", config.train.stages, message)

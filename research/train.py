@@ -142,7 +142,7 @@ def _compiled(this: Run, train_step: Any, state: step.TrainState) -> dict[Stage,
     for stage in this.stages:
         if stage.end > int(state.step) or stage is this.stages[-1]:
             batch = _next_batch(this, stage.first * this.tokens_per_step)
-            found[stage] = heaps.compiled(train_step.trace(state, batch), stage.steps)
+            found[stage] = heaps.compiled(train_step.trace(state, batch), this.num_steps)
     return found
 
 

@@ -13,6 +13,7 @@ from research.analysis import (
     archive,
     claims,
     comparison,
+    context,
     context_figures,
     context_section,
     decomposition,
@@ -54,7 +55,7 @@ def test_differences_are_those_of_the_offsets():
         wanted = offsets[a] - 2 * MERITS[a]["gain"] - offsets[b] + 2 * MERITS[b]["gain"]
         assert entry["mean"] == pytest.approx(wanted, abs=0.06)
         assert entry["low"] < entry["mean"] < entry["high"] and entry["seeds"] == 3
-        assert entry["shown"] == (entry["p_holm"] < comparison.LEVEL) and entry["p_holm"] >= entry["p"]
+        assert entry["shown"] == (entry["p_holm"] < context.LEVEL) and entry["p_holm"] >= entry["p"]
 
 
 def test_p_values_are_those_of_holm_over_all_comparisons():

@@ -52,6 +52,18 @@ def test_waiting_for_a_checkpoint_is_not_train_time(monkeypatch):
     assert len(done) == 1  # else the device would wait for the host at every step
 
 
+@pytest.mark.parametrize(("step", "left"), [(0, (16, 64)), (29, (16, 64)), (30, (64,)), (40, (64,))])
+def test_the_stages_that_are_left_are_compiled_as_a_run_of_its_length_is(monkeypatch, step, left):
+    """A stage of few steps too has the program of a long run, or its steps would be slower than another strategy's."""
+    monkeypatch.setattr(train, "_next_batch", lambda this, cursor: f"batch at {cursor}")
+    monkeypatch.setattr(train.heaps, "compiled", lambda traced, steps: (traced, steps))
+    this = this_run(stages=(stages.Stage(0, 30, 32, 16), stages.Stage(30, 40, 8, 64)), tokens_per_step=512)
+    train_step = SimpleNamespace(trace=lambda state, batch: batch)
+    found = train._compiled(this, train_step, SimpleNamespace(step=step))
+    wanted = {16: ("batch at 0", 80), 64: ("batch at 15360", 80)}
+    assert {stage.seq_len: program for stage, program in found.items()} == {length: wanted[length] for length in left}
+
+
 def test_a_step_without_a_target_is_said_to_be_one():
     fetched = dict(count=np.float32(0), loss=np.float32(np.nan), grad_norm=np.float32(0))
     with pytest.raises(train.DivergedError, match="step 3: none of its tokens is a target; give a larger"):

@@ -221,6 +221,17 @@ def test_rows_that_grow_go_on_in_any_stage(home, grown, tmp_path, at):
     assert found["memory_bytes"]["compiled_step"] == wanted["memory_bytes"]["compiled_step"]
 
 
+def test_rows_that_grow_train_alike_on_a_mesh_and_in_microbatches(home, tmp_path):
+    """Rows and positions of every stage divided over four devices, two microbatches a step: the same losses."""
+    few = (GROWS, "train.steps=20", "train.checkpoint_every=0", "model.router_noise=0.0")
+    run(home, tmp_path / "one", *few)
+    divided = ("mesh.data=2", "mesh.seq=2", "train.accumulation=2")
+    run(home, tmp_path / "mesh", *few, *divided, flags=f"{QUICK} --xla_force_host_platform_device_count=4")
+    found, wanted = ([r["train/loss"] for r in rows(tmp_path / name) if "train/loss" in r] for name in ("mesh", "one"))
+    assert len(found) == 20
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)
+
+
 def test_rows_that_grow_do_not_go_on_as_another_run(home, grown, tmp_path):
     shutil.copytree(grown, tmp_path / "run")
     code, said = finish(start(home, tmp_path / "run"))

@@ -20,6 +20,10 @@ AXES = ("tokens", "step", "flops", "seconds")
 LABELS = {"tokens": "tokens", "step": "steps", "flops": "FLOPs", "seconds": "train seconds", "memory": "memory"}
 SAME_MEMORY = 0.05  # of the largest: differences below it are no difference
 _GRID = 400  # places at which crossings are looked for
+_CHANGING = {  # what a run of another length would have had otherwise at the same step
+    "the learning rates": lambda arm: arm.runs[0].config.get("optimizer", {}).get("schedule") != "constant",
+    "the rows": lambda arm: arm.grows,
+}
 
 
 def analyse(arms: Sequence[Arm], shared: Sequence[int]) -> dict[str, Any]:
@@ -37,7 +41,9 @@ def analyse(arms: Sequence[Arm], shared: Sequence[int]) -> dict[str, Any]:
         for a, b in itertools.combinations(arms_, 2)
         for found in _crossings(a, b)
     ]
-    return dict(context=context, curves=curves, equal=equal, crossings=crossings)
+    found = dict(context=context, curves=curves, equal=equal, crossings=crossings)
+    changing = [name for name, changes in _CHANGING.items() if any(changes(arm) for arm in arms)]
+    return found | (dict(changing=changing) if changing else {})
 
 
 def step_seconds(arm: Arm) -> float:
@@ -48,19 +54,21 @@ def step_seconds(arm: Arm) -> float:
 
 def _clock(arm: Arm) -> tuple[np.ndarray, np.ndarray]:
     """(steps, seconds) from the start of a run to the start and end of each of its stages."""
-    first, runs = arm.first, [run.result for run in arm.runs]
-    if arm.grows:
-        steps = [stage["steps"] for stage in first["stages"]]
-        medians = [min(run["stages"][i]["step_seconds"] for run in runs) for i in range(len(steps))]
+    runs = [run.result for run in arm.runs]
+    if not arm.grows:
+        steps, seconds = [arm.first["steps"]], [rounded(min(run["step_seconds"]["median"] for run in runs))]
     else:
-        steps, medians = [first["steps"]], [min(run["step_seconds"]["median"] for run in runs)]
-    return np.cumsum([0, *steps]), np.cumsum([0.0, *np.multiply(steps, medians)])
+        steps = [stage["steps"] for stage in arm.first["stages"]]
+        each = [[stage["step_seconds"] for stage in run["stages"]] for run in runs]
+        seconds = min(each, key=lambda medians: np.dot(steps, medians))
+    return np.cumsum([0, *steps]), np.cumsum([0.0, *np.multiply(steps, seconds)])
 
 
 def _curve(arm: Arm, axis: str, context: int) -> dict[str, Any]:
     """The evaluations of each of `seeds`: x on the axis, y in nats per token."""
     name = "step" if axis == "seconds" else axis
-    points = [_evaluations(run, name, context) for run in arm.runs]
+    first = _first_trained(arm, context)
+    points = [_evaluations(run, name, context, first) for run in arm.runs]
     if axis == "seconds":
         points = [[(np.interp(step, *_clock(arm)), loss) for step, loss in run] for run in points]
     return dict(
@@ -71,9 +79,19 @@ def _curve(arm: Arm, axis: str, context: int) -> dict[str, Any]:
     )
 
 
-def _evaluations(run: Run, axis: str, context: int) -> list[tuple[float, float]]:
+def _first_trained(arm: Arm, context: int) -> int:
+    """The step from which on an arm's rows hold windows of a context (of 1.25 times as many tokens)."""
+    step = 0
+    for stage in arm.first["stages"] if arm.grows else ():
+        if 4 * stage["seq_len"] >= 5 * context:
+            break
+        step += stage["steps"]
+    return step
+
+
+def _evaluations(run: Run, axis: str, context: int, first: int) -> list[tuple[float, float]]:
     name = f"eval/loss@{context}"
-    return sorted((row[axis], row[name]) for row in run.curve if name in row)
+    return sorted((row[axis], row[name]) for row in run.curve if name in row and row["step"] > first)
 
 
 def _equal(axis: str, curves: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -154,6 +172,9 @@ def section(analysis: dict[str, Any]) -> Section | None:
         text += ". Who wins depends on what is scarce."
     else:
         text += ": the winner is the same." if winners else "."
+    if found.get("changing"):
+        what = " and ".join(found["changing"])
+        text += f" What is read off before its end had {what} of a longer run: planned to end there, it may do better."
     return Section("Five budgets", text, tuple(tables))
 
 

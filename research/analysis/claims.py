@@ -48,7 +48,8 @@ CLAIMS: tuple[tuple[str, Callable[[Analysis], Judged]], ...] = (
 def verdicts(results: Mapping[str, Any]) -> list[Verdict]:
     """One for each of CLAIMS, from results.json's content (its `analysis`; an absent part decides nothing)."""
     analysis = results.get("analysis") or {}
-    one_length = evidence.without(analysis, evidence.growing(analysis))
+    growing = evidence.growing(analysis)
+    one_length = evidence.without(analysis, growing) | {"left_out": growing}
     found = []
     for claim, rule in CLAIMS:
         verdict, text = rule(analysis if rule is context.in_practice else one_length)

@@ -230,8 +230,8 @@ def context_for_speed(analysis: Analysis) -> Judged:
 
 
 def in_practice(analysis: Analysis) -> Judged:
-    """A habit of others. What a study can say of it: whether rows that grow longer end as low as long ones from the
-    start, on the same targets with all their context."""
+    """A habit of others. What a study can say of it: whether rows that grow end below long ones from the start, and
+    below the short ones that they began as, on the same targets and each with all its context."""
     if (growing := evidence.growing(analysis)) and not evidence.leak(analysis):
         return _extended(analysis, growing)
     lengths = [f"{arm['seq_len']:,}" for arm in arms(analysis).values()]
@@ -247,22 +247,26 @@ def in_practice(analysis: Analysis) -> Judged:
 
 
 def _extended(analysis: Analysis, growing: list[str]) -> Judged:
-    """Rows that grow against rows as long as they end, at the longest context that both were trained at."""
-    known = arms(analysis)
-    ends = {name: arm["seq_len"] for name, arm in known.items()}
-    pairs = [(a, b) for a in growing for b in known if b not in growing and ends.get(a) == ends[b]]
-    gaps = []
-    for a, b in pairs:
-        compared = [e["context"] for e in analysis["differences"] if {e["a"], e["b"]} == {a, b}]
-        gap = evidence.gap(analysis, a, b, max(compared, default=None))
-        gaps += [gap] if gap else []
-    if not gaps:
-        return UNTESTED, "Rows as long from the start as those that grow here end would tell."
-    each = "; ".join(f"{e['a']} minus {e['b']} {evidence.said(e)} at context {e['context']:,}" for e in gaps)
-    text = f"Rows extended later against rows as long from the start, in nats per token: {each}."
+    known, longer, shorter = arms(analysis), [], []
+    for name in (name for name in growing if name in known):
+        first, last = known[name]["stages"][0]["seq_len"], known[name]["seq_len"]
+        for other, arm in known.items():
+            if other not in growing and arm["seq_len"] in (first, last):
+                (longer if arm["seq_len"] == last else shorter).append(_with_all_context(analysis, name, other))
+    gaps = [gap for gap in longer + shorter if gap]
+    text = f"Rows extended later, each strategy with all its context, in nats per token: {evidence.against(gaps)}."
+    if not (any(longer) and any(shorter)):
+        return UNTESTED, f"{text} Rows as long from the start, and rows never extended, beside them would tell."
     text += " Lengths of others' practice were not compared."
-    if evidence.extreme(gaps, -1):
-        return CONDITIONS, text
     if any(gap["shown"] and gap["mean"] > 0 for gap in gaps):
         return FAILS, text
+    if evidence.extreme(gaps, -1):
+        return CONDITIONS, text
     return UNTESTED, f"{text} Undecided: more seeds or tokens would tell."
+
+
+def _with_all_context(analysis: Analysis, a: str, b: str) -> dict[str, Any] | None:
+    """Loss of `a` minus that of `b`, each at its longest context; None where they were not compared."""
+    pairs = (analysis.get("reach") or {}).get("pairs", ())
+    found = next((p for p in pairs if p["setting"] == "independent" and {p["a"], p["b"]} == {a, b}), None)
+    return found and (found if found["a"] == a else _turned(found))

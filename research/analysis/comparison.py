@@ -8,11 +8,10 @@ import numpy as np
 
 from research.analysis import budgets, context, decomposition, original, recall
 from research.analysis.bootstrap import MIN_DOCUMENTS, bootstrap_statistic, hierarchical_bootstrap
-from research.analysis.context import difference, interval, rounded
-from research.analysis.statistics import holm, seeds_needed
+from research.analysis.context import corrected, difference, interval, rounded
+from research.analysis.statistics import seeds_needed
 from research.analysis.study import Arm, Run, arms
 
-LEVEL = 0.05  # of a report's comparisons together, by Holm's correction
 RESOLUTIONS = (0.1, 0.03, 0.01)  # nats per token, of the power lines
 _SEED = 0  # of the resampling: the same documents are drawn for every pair
 
@@ -26,22 +25,25 @@ def analyse(runs: Sequence[Run]) -> dict[str, Any]:
     everyone = [arm for setting in text.values() for arm in setting]
     shared = [c for c in contexts_of(everyone) if all(arm.within(c) for arm in everyone)]
     found = [entry for setting in text.values() for entry in differences(setting, shared)]
-    for entry, adjusted in zip(found, holm([_nan(entry["p"]) for entry in found]), strict=True):
-        entry["p_holm"] = rounded(adjusted)
-        entry["shown"] = bool(adjusted < LEVEL)
+    corrected(found, {arm.strategy for arm in everyone if arm.grows})
     return dict(
         arms=[describe(arm) for arm in everyone],
         contexts=contexts_of(everyone),
         shared_contexts=shared,
         differences=found,
         power=[entry for setting in text.values() for entry in power(setting, shared)],
-        rankings=[entry for setting in text.values() for entry in rankings(setting, shared, found)],
+        rankings=[entry for setting in text.values() for entry in rankings(of_one_length(setting), shared, found)],
         context=context.analyse(everyone),
         budgets=budgets.analyse(text["independent"], shared),
         decomposition=decomposition.analyse(text["independent"], text["paired"], shared),
         recall=recall.analyse(arms(runs, "recall")),
         warnings=warnings(runs, everyone),
     )
+
+
+def of_one_length(found: Sequence[Arm]) -> list[Arm]:
+    """The arms that can be told apart by the length of their rows."""
+    return [arm for arm in found if not arm.grows]
 
 
 def contexts_of(found: Sequence[Arm]) -> list[int]:
@@ -209,7 +211,3 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def _sd(values: Sequence[float]) -> float | None:
     return rounded(np.std(values, ddof=1)) if len(values) > 1 else None
-
-
-def _nan(value: float | None) -> float:
-    return float("nan") if value is None else value

@@ -7,13 +7,15 @@ shows it no more than fits, so its loss there is that of the longest context wit
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from research.analysis.bootstrap import MIN_DOCUMENTS, RESAMPLES, bootstrap_statistic, hierarchical_bootstrap
+from research.analysis.statistics import holm
 
+LEVEL = 0.05  # of the comparisons of a table together, by Holm's correction
 TOLERANCE = 0.01  # nats per token: less than this is no help any more
 ICL_PLACES = ((500, 50), (200, 20), (100, 10))  # late and early; the first is Olsson et al.'s (2022, arXiv:2209.11895)
 ICL_SPREAD = 8  # positions on either side that are averaged
@@ -65,6 +67,16 @@ def analyse(arms: Sequence[Any]) -> list[dict[str, Any]]:
         | _on_windows([run.arrays for run in arm.runs])
         for arm in arms
     ]
+
+
+def corrected(entries: Sequence[dict[str, Any]], growing: Collection[str]) -> None:
+    """Adds p_holm and `shown` to comparisons of `a` with `b`: by Holm among those of rows of one length, and apart
+    among those with rows that grow. So a strategy of these takes nothing from what is shown of the others."""
+    for grows in (False, True):
+        family = [entry for entry in entries if bool({entry["a"], entry["b"]} & set(growing)) == grows]
+        adjusted = holm([np.nan if entry["p"] is None else entry["p"] for entry in family])
+        for entry, p in zip(family, adjusted, strict=True):
+            entry |= dict(p_holm=rounded(p), shown=bool(p < LEVEL))
 
 
 def _against(arm: Any, other: Any) -> dict[str, Any] | None:

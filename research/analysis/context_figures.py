@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from research.analysis.style import INK, legend, lengths_of, name_of, note, trained_length
+from research.analysis.style import INK, legend, length_of, name_of, note, trained_lengths
 
 Styles = Mapping[str, dict[str, Any]]
 
@@ -70,9 +70,7 @@ def _context_axis(axes: Axes, contexts: Sequence[int], arms: Sequence[dict], sty
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel("context before each target (tokens, log scale)")
-    marked = {arm["seq_len"]: arm for arm in sorted(arms, key=lambda arm: not arm.get("stages"))}  # one to a length
-    for arm in marked.values():
-        trained_length(axes, arm["seq_len"], styles[arm["strategy"]]["color"])
+    trained_lengths(axes, arms, styles)
 
 
 PLACES = {"window": "In windows of the trained length", "place": "In the document"}
@@ -137,7 +135,7 @@ def matrix_figure(analysis: dict[str, Any]) -> Figure:
             weight = "normal" if beyond else "bold"
             axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=ink, fontsize=10, weight=weight)
     axes.set_xticks(np.arange(len(contexts)) + 0.5, [f"{int(c):,}" for c in contexts])
-    axes.set_yticks(np.arange(len(arms)) + 0.5, [f"{arm['strategy']}  {lengths_of(arm)}" for arm in arms])
+    axes.set_yticks(np.arange(len(arms)) + 0.5, [f"{arm['strategy']}  {length_of(arm)}" for arm in arms])
     axes.tick_params(length=0)
     axes.grid(visible=False)
     axes.set_xlabel("context before each target at evaluation (tokens)")

@@ -44,18 +44,21 @@ def _named(value: Any) -> set[Any]:
 
 def growing(analysis: Analysis) -> list[str]:
     """The strategies whose rows grow: they are of no one length."""
-    return list(dict.fromkeys(arm["strategy"] for arm in analysis.get("arms") or [] if arm.get("stages")))
+    entries = [*(analysis.get("arms") or []), *(analysis.get("recall") or [])]
+    return list(dict.fromkeys(entry["strategy"] for entry in entries if entry.get("stages")))
 
 
 def unfinished(analysis: Analysis, *strategies: str) -> str | None:
     """The sentence that says which of these strategies the study has no run of; None where all are there."""
-    known = arms(analysis)
+    known, apart = arms(analysis), ""
+    if left_out := analysis.get("left_out"):
+        apart = f" besides {listed(left_out)}, whose rows grow"
     if not known:
-        return "This study has no finished run in independent order."
+        return f"This study has no finished run in independent order{apart}."
     missing = [name for name in strategies if name not in known]
     if missing:
         return f"This study has no finished run of {listed(missing)}."
-    return None if len(known) > 1 else "This study has one strategy alone: it takes two to compare."
+    return None if len(known) > 1 else f"This study has one strategy alone{apart}: it takes two to compare."
 
 
 def leak(analysis: Analysis) -> str | None:

@@ -12,7 +12,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator, PercentFor
 
 from research.analysis import context_figures, noise, noise_report
 from research.analysis.page import Picture
-from research.analysis.style import FAINT, INK, LOOK, legend, name_of, save, styles_of, trained_length
+from research.analysis.style import FAINT, INK, LOOK, legend, length_of, name_of, save, styles_of, trained_lengths
 
 Styles = Mapping[str, dict[str, Any]]
 ALTS = {
@@ -145,7 +145,7 @@ def recall_figure(analysis: dict[str, Any], styles: Styles) -> Figure:
         for entry in analysis["recall"]:
             style = styles[entry["strategy"]]
             middle = [(b["from"] * (b["to"] + 1)) ** 0.5 for b in entry[suite]]
-            label = f"{entry['strategy']}  T={entry['seq_len']}"
+            label = f"{entry['strategy']}  {length_of(entry)}"
             axes.plot(middle, [b["mean"] for b in entry[suite]], label=label, markeredgecolor="white", **style)
             seeds = list(zip(*(b["by_seed"] for b in entry[suite]), strict=True))
             for seed in seeds if len(seeds) > 1 else ():
@@ -153,7 +153,7 @@ def recall_figure(analysis: dict[str, Any], styles: Styles) -> Figure:
             if len(seeds) == 1:
                 edges = [[b[end] for b in entry[suite]] for end in ("low", "high")]
                 axes.fill_between(middle, *edges, color=style["color"], alpha=0.15, lw=0)
-            trained_length(axes, entry["seq_len"], style["color"])
+        trained_lengths(axes, analysis["recall"], styles)
         axes.axhline(analysis["recall"][0]["chance"], color=FAINT, linestyle=":", linewidth=1.5)
         axes.set_xscale("log", base=2)
         bins = analysis["recall"][0][suite]
@@ -185,7 +185,7 @@ def costs_figure(analysis: dict[str, Any], styles: Styles) -> Figure:
         color, (low, high) = styles[arm["strategy"]]["color"], arm["step_spread"]
         panels[0].plot([low, high], [place] * 2, color=color, linewidth=4, alpha=0.35)
         panels[0].plot(arm["step_seconds"], place, "o", color=color, markersize=8)
-        _value(panels[0], high, place, f"{arm['step_seconds']:.3g}", offset=8)
+        _value(panels[0], max(high, arm["step_seconds"]), place, f"{arm['step_seconds']:.3g}", offset=8)
         panels[1].barh(place, arm["tokens_per_second"], color=color, height=0.55)
         _value(panels[1], arm["tokens_per_second"], place, f"{arm['tokens_per_second']:,.0f}")
         memory = arm["memory_bytes"]
@@ -199,7 +199,8 @@ def costs_figure(analysis: dict[str, Any], styles: Styles) -> Figure:
     panels[2].set_xlim(0, 2.0 * (panels[2].get_xlim()[1] or 1))
     panels[1].xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.get_layout_engine().set(w_pad=0.14)  # the last label of a panel, and the first of the next
-    titles = ("Step time", "seconds (median, p10 to p90)"), ("Throughput", "tokens/s"), ("Peak memory", "GB")
+    middle = "median; mean where rows grow" if any(arm.get("stages") for arm in arms) else "median"
+    titles = ("Step time", f"seconds ({middle}, p10 to p90)"), ("Throughput", "tokens/s"), ("Peak memory", "GB")
     for axes, (title, label) in zip(panels, titles, strict=True):
         axes.set_title(title)
         axes.set_xlabel(label)

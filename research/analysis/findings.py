@@ -6,7 +6,7 @@ from typing import Any
 from research.analysis import budgets, noise_report, recall
 from research.analysis.comparison import difference_of
 from research.analysis.original import RANKING
-from research.analysis.study import shapes_of
+from research.analysis.study import lengths_of
 
 LITTLE = 0.05  # nats per token: a gain from context below it is next to none
 
@@ -66,7 +66,9 @@ def same_targets(analysis: dict[str, Any]) -> list[str]:
 
 def why(analysis: dict[str, Any]) -> list[str]:
     """How much of the largest difference is the rows' length, and how much diversity."""
-    entries = [e for e in analysis["decomposition"] if e["at"] == analysis["shared_contexts"][-1]]
+    grow = {arm["strategy"] for arm in analysis["arms"] if arm.get("stages")}  # of no one row length
+    at = analysis["shared_contexts"][-1:]
+    entries = [e for e in analysis["decomposition"] if e["at"] in at and not {e["a"], e["b"]} & grow]
     if not entries:
         return []
     largest = max(entries, key=lambda e: abs(e["total"]["mean"]))
@@ -117,7 +119,7 @@ def grown(analysis: dict[str, Any]) -> list[str]:
                 amount = f"{abs(pair['mean']):.3f} {side} {other} [{low:.3f}, {high:.3f}]"
                 said.append(amount if pair["shown"] else f"not shown to differ from {other}")
         if said:
-            lengths = ", then ".join(f"{length:,}" for _, length in shapes_of(arm))
+            lengths = ", then ".join(f"{length:,}" for length in lengths_of(arm))
             text = f"{name}, in rows of {lengths} tokens, is {listed(said)}"
             sentences.append(f"With all the context that each was trained at, {text}.")
     return sentences

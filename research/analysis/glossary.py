@@ -48,8 +48,7 @@ TERMS: tuple[tuple[str, str], ...] = (
     (
         "Rows that grow",
         "A run whose steps hold as many tokens throughout, cut into short rows first and into longer ones later "
-        "(config.train.stages). Its trained length is that of the last. In independent order a stage draws its rows "
-        "from all of the text that it reads.",
+        "(config.train.stages). Its trained length is that of the last.",
     ),
     (
         "Noise of the gradient",
@@ -65,6 +64,7 @@ TERMS: tuple[tuple[str, str], ...] = (
     ("LEAKING", "Held-out windows overlap training windows: the number measures memorisation."),
     (
         "Train seconds",
-        "Steps times the median step of the least disturbed run: without compilation, evaluation and checkpoints.",
+        "Steps times the median step of the least disturbed run (where rows grow, stage by stage): without "
+        "compilation, evaluation and checkpoints.",
     ),
 )

@@ -16,6 +16,7 @@ from research.analysis.frontier import with_fields
 from research.analysis.parts import parts as parts_of
 from research.analysis.programs import Programs
 from research.config import ConfigError
+from research.stages import refuse_stages
 from research.target import Target
 
 LAW_BATCHES = (2, 4, 8)
@@ -31,9 +32,7 @@ def make(
     Says on stderr what is being compiled. Raises: ConfigError for what cannot run there, or where nothing fits.
     """
     size = sizes.parse(budget, "--budget")
-    if config.train.stages:
-        message = "a frontier has rows of one length in each cell; add --config.train.stages=()"
-        raise ConfigError("config.train.stages", config.train.stages, message)
+    refuse_stages(config)
     backends = law_backends(config, target) if law else []
     grid = law_lengths(lengths) if law else []
     total = len(lengths) * len(choices) + len(backends) * len(grid) * len(LAW_BATCHES)

@@ -83,8 +83,8 @@ def _cells(found: Noise, tokens_per_step: int | None) -> Table:
         "Variance relative to that of the shortest rows in independent order. Noise scale: the tokens of a step whose "
         "noise (trace of the covariance) equals its signal (the squared norm of the true gradient); > where the "
         "interval of the signal holds zero. It is of plain gradients: Muon and AdamW scale theirs otherwise. In rows "
-        "shorter than their own the weights were not trained: the signal there is that of another task, and larger for "
-        "it, so noise over signal compares lengths less purely than variance does."
+        "shorter than their last the weights were not trained at the end: the signal there is that of another task, "
+        "and larger for it, so noise over signal compares lengths less purely than variance does."
     )
     columns = (
         "weights of",

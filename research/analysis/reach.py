@@ -11,13 +11,11 @@ from typing import Any
 import numpy as np
 
 from research.analysis.bootstrap import hierarchical_bootstrap
-from research.analysis.context import difference, rounded
+from research.analysis.context import corrected, difference
 from research.analysis.decomposition import sampled, signed
 from research.analysis.page import Table
-from research.analysis.statistics import holm
 from research.analysis.study import Arm
 
-LEVEL = 0.05
 _SEED = 0  # of the resampling: the same documents are drawn everywhere
 
 
@@ -38,8 +36,7 @@ def analyse(arms: Sequence[Arm], shared: Sequence[int]) -> dict[str, list[dict[s
         if seeds and unlike:
             entry = dict(setting=a.setting, a=a.strategy, b=b.strategy, context_a=ends[0], context_b=ends[1])
             pairs.append(entry | _compared(_losses(a, ends[0], seeds), _losses(b, ends[1], seeds), a))
-    for entry, adjusted in zip(pairs, holm([np.nan if e["p"] is None else e["p"] for e in pairs]), strict=True):
-        entry |= dict(p_holm=rounded(adjusted), shown=bool(adjusted < LEVEL))
+    corrected(pairs, {arm.strategy for arm in arms if arm.grows})
     gains = [
         dict(setting=arm.setting, strategy=arm.strategy)
         | {"from": shared[-1], "to": reaching[arm.strategy]}
@@ -77,6 +74,6 @@ def tables(analysis: dict[str, Any]) -> list[Table]:
     note = (
         "The same targets, each strategy with all the context that it was trained at: what a reader of long documents "
         f"would choose by. Nats per token [{sampled(e['seeds'] for e in pairs)}]; p after Holm's correction within "
-        "an order."
+        "an order, for rows that grow apart."
     )
     return [Table(("order", "first", "second", "first minus second [95 %]", "p (Holm)", "lower loss"), rows, note)]

@@ -8,7 +8,7 @@ import numpy as np
 from research.analysis.context import rounded
 from research.analysis.page import Section, Table
 from research.analysis.statistics import wilson
-from research.analysis.study import Arm
+from research.analysis.study import Arm, lengths_of
 
 SAME = 0.05  # of all answers: a share that is higher by less is no higher
 SUITES = {"raw": "whole documents", "window": "windows of the trained length"}
@@ -26,6 +26,7 @@ def analyse(arms: Sequence[Arm]) -> list[dict[str, Any]]:
             strategy=arm.strategy,
             seeds=arm.seeds,
             seq_len=arm.first["seq_len"],
+            stages=arm.first["stages"] if arm.grows else None,
             chance=rounded(1 / arm.runs[0].config["data"]["recall"]["num_values"]),
             **{suite: _by_distance(arm, suite) for suite in SUITES},
         )
@@ -95,7 +96,8 @@ def least(b: dict[str, Any]) -> float:
 
 def _table(found: Sequence[dict[str, Any]], suite: str) -> Table:
     bins = [(e["from"], e["to"]) for e in found[0][suite]]
-    rows = tuple((e["strategy"], f"{e['seq_len']:,}", *(share(b) for b in e[suite])) for e in found)
+    lengths = {e["strategy"]: " then ".join(f"{length:,}" for length in lengths_of(e)) for e in found}
+    rows = tuple((e["strategy"], lengths[e["strategy"]], *(share(b) for b in e[suite])) for e in found)
     seeds = ", ".join(str(seed) for seed in found[0]["seeds"])
     of = f"mean (seeds {seeds})" if len(found[0]["seeds"]) > 1 else "[95 %, Wilson]"
     note = (

@@ -111,6 +111,11 @@ def shapes_of(about: Mapping[str, Any]) -> list[tuple[int, int]]:
     return [(stage["batch_size"], stage["seq_len"]) for stage in about.get("stages") or [about]]
 
 
+def lengths_of(about: Mapping[str, Any]) -> list[int]:
+    """Tokens of a row, in each stage."""
+    return [stage["seq_len"] for stage in about.get("stages") or [about]]
+
+
 def shape(about: Mapping[str, Any]) -> str:
     """Such as '4 x 2048', or '64 x 128 then 4 x 2048' where rows grow."""
     return " then ".join(f"{rows} x {length}" for rows, length in shapes_of(about))

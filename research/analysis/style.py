@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from research.analysis.study import shapes_of
+from research.analysis.study import lengths_of
 from research.files import write_bytes
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; (colour, marker, line) of a
@@ -81,23 +81,26 @@ def note(figure: Figure, said: str, leaking: bool = False) -> None:
     figure.supxlabel(warning + said, fontsize=9, color="#B03A00" if leaking else "#666666")
 
 
-def trained_length(axes: Axes, seq_len: int, color: str) -> None:
-    """A mark and T=... at the foot of an axis of tokens."""
-    axes.axvline(seq_len, ymax=0.04, color=color, linewidth=2.2)
-    place = dict(xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=8.5, color=color)
-    axes.annotate(f"T={seq_len}", (seq_len, 0.045), **place)
+def trained_lengths(axes: Axes, arms: Sequence[Mapping[str, Any]], styles: Mapping[str, dict[str, Any]]) -> None:
+    """A mark and T=... at the foot of an axis of tokens for each length; of two arms', that whose rows do not grow."""
+    marked = {arm["seq_len"]: arm["strategy"] for arm in sorted(arms, key=lambda arm: not arm.get("stages"))}
+    for seq_len, strategy in marked.items():
+        color = styles[strategy]["color"]
+        axes.axvline(seq_len, ymax=0.04, color=color, linewidth=2.2)
+        place = dict(xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=8.5, color=color)
+        axes.annotate(f"T={seq_len}", (seq_len, 0.045), **place)
 
 
 def name_of(arm: dict[str, Any]) -> str:
     """An arm as legends call it: its strategy and B×T, or T alone where rows grow."""
     if arm.get("stages"):
-        return f"{arm['strategy']}  {lengths_of(arm)}"
+        return f"{arm['strategy']}  {length_of(arm)}"
     return f"{arm['strategy']}  {arm['batch_size']}×{arm['seq_len']}"
 
 
-def lengths_of(arm: Mapping[str, Any]) -> str:
+def length_of(arm: Mapping[str, Any]) -> str:
     """T=2,048, or T=128→2,048 where rows grow."""
-    return "T=" + "→".join(f"{length:,}" for _, length in shapes_of(arm))
+    return "T=" + "→".join(f"{length:,}" for length in lengths_of(arm))
 
 
 def save(figure: Figure, folder: Path, name: str) -> None:

@@ -77,10 +77,14 @@ def differences(analysis: dict[str, Any]) -> Section:
     seeds, documents = (_from_to([d[name] for d in analysis["differences"]]) for name in ("seeds", "documents"))
     tested = sum(d["p_holm"] is not None for d in analysis["differences"])
     drawn = "seeds and held-out documents" if max(d["seeds"] for d in analysis["differences"]) > 1 else "documents"
+    family = f"{tested} comparisons of this table"
+    grow = {arm["strategy"] for arm in analysis["arms"] if arm.get("stages")}
+    if apart := sum(d["p_holm"] is not None and bool({d["a"], d["b"]} & grow) for d in analysis["differences"]):
+        family = f"{tested - apart} comparisons of rows of one length, and over {apart} with rows that grow apart"
     note = (
         "At the longest context that all share, and at the longest of the pair. Nats per token [95 %: "
-        f"{drawn} resampled in pairs, each interval by itself]; p after Holm's correction over {tested} comparisons "
-        f"of this table. Seeds of a pair: {seeds}; documents: {documents}."
+        f"{drawn} resampled in pairs, each interval by itself]; p after Holm's correction over {family}. Seeds of a "
+        f"pair: {seeds}; documents: {documents}."
     )
     tables = [Table(("order", "context", "difference", "nats per token [95 %]", "p (Holm)", "lower loss"), rows, note)]
     if analysis["power"]:

@@ -14,6 +14,7 @@ from research import files
 from research.analysis import bootstrap, tuning_report
 from research.analysis.pairs import pairs_of, rounded
 from research.analysis.runs import DIVERGED, FINISHED, load, lowest, shared_context, shared_loss
+from research.analysis.study import shape
 
 _SEED = 0  # of the resampling
 
@@ -64,7 +65,7 @@ def analyse(
         for entry in found["tried"]:
             entry["above"] = _above(entry["run"], best, losses)
         first = next((by_name[name]["result"] for name in values if by_name[name]["result"]), None)
-        found["shape"] = [first["batch_size"], first["seq_len"]] if first else None
+        found["shape"] = shape(first) if first else None
         grids[strategy] = found
     return {
         "grids": grids,

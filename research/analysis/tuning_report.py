@@ -197,7 +197,7 @@ def _compared(found: Mapping[str, Any]) -> Table:
     rows = tuple(
         (
             strategy,
-            " x ".join(map(str, grid["shape"] or ("–",))),
+            grid["shape"] or "–",
             *(
                 f"{r[strategy]['loss']:.4f} at {r[strategy]['value']:g}" if strategy in r else "–"
                 for r in (given, best)

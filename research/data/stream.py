@@ -6,9 +6,9 @@ in a drawn order; token p of the run lies in epoch p // (n S), at place p % (n S
 is the next token of the array, so a block shows one token more than its length, and every token of
 an epoch is a target once, whatever the batch's shape.
 
-Where rows grow (config.train.stages) blocks are as long as the longest rows. A stage of shorter ones cuts those of its
-own blocks and draws the rows' order anew, so that the rows of a step come from places of their own there too; with a
-shuffle_block they stay in the order of the blocks.
+Where rows grow (config.train.stages) blocks are as long as the longest rows. Each stage cuts blocks of its own into
+rows and draws their order anew, so that the rows of a step come from places of their own there too, and no token comes
+twice in an epoch; with a shuffle_block rows stay in the order of the blocks.
 
 Protocol `published`. An epoch is a permutation of the train windows: of all windows of T tokens at
 stride 1, the share that is not held out. Neighbouring windows share T - 1 tokens, so the split
@@ -24,7 +24,7 @@ import numpy as np
 
 from research.config import ConfigError, shorter_stages
 from research.data.tokens import Corpus
-from research.stages import Stage, stage_at, stages_of
+from research.stages import stage_at, stages_of
 
 
 def batch(corpus: Corpus, config: Any, cursor: int) -> dict[str, np.ndarray]:
@@ -39,13 +39,11 @@ def batch(corpus: Corpus, config: Any, cursor: int) -> dict[str, np.ndarray]:
     if corpus.protocol == "published":
         windows = np.arange(shape[0]) + cursor // shape[1]
         return window_rows(corpus.train, _train_windows(corpus, config, windows), shape[1])
-    if not shorter_stages(config):
-        sources_N = _sources(corpus, config, cursor, shape[0] * shape[1])
+    if shorter_stages(config):
+        places_N, shape = _places_in_stage(config, cursor, *_layout(corpus, config)[:2])
     else:
-        stage = stage_at(stages_of(config), cursor // (shape[0] * shape[1]))
-        shape = stage.batch_size, stage.seq_len
-        places = _places_of_rows(config, stage, cursor, epoch_tokens(corpus, config))
-        sources_N = np.concatenate([_sources(corpus, config, place, stage.seq_len) for place in places])
+        places_N = np.arange(cursor, cursor + shape[0] * shape[1])
+    sources_N = _sources(corpus, config, places_N)
     rows = {
         "inputs": corpus.train[sources_N].reshape(shape).astype(np.int32),
         "targets": corpus.train[sources_N + 1].reshape(shape).astype(np.int32),
@@ -57,33 +55,38 @@ def batch(corpus: Corpus, config: Any, cursor: int) -> dict[str, np.ndarray]:
     return rows
 
 
-def _sources(corpus: Corpus, config: Any, place: int, count: int) -> np.ndarray:
-    """Where in the train array `count` tokens from a place of the run on are read."""
+def _sources(corpus: Corpus, config: Any, places_N: np.ndarray) -> np.ndarray:
+    """Where in the train array the tokens at these places of the run are read."""
     size, blocks, slack = _layout(corpus, config)
-    places_N = np.arange(place, place + count)
-    first, last = place // size, (place + count - 1) // size
-    starts = []
-    for epoch, group in itertools.groupby(range(first, last + 1), key=lambda block: block // blocks):
+    blocks_N = places_N // size
+    numbers, starts = np.unique(blocks_N), []
+    for epoch, group in itertools.groupby(numbers.tolist(), key=lambda block: block // blocks):
         order = permutation(blocks, config.seed, f"blocks of epoch {epoch}")
         offset = draw(config.seed, f"offset of epoch {epoch}") % (slack + 1)
         starts += [offset + size * order[block % blocks] for block in group]
-    return np.array(starts)[places_N // size - first] + places_N % size
+    return np.array(starts)[np.searchsorted(numbers, blocks_N)] + places_N % size
 
 
-def _places_of_rows(config: Any, stage: Stage, cursor: int, epoch: int) -> list[int]:
-    """The place of the run at which each row of a step is read: the step's own, or one drawn from all that the stage
-    reads in that epoch."""
-    tokens, length = stage.batch_size * stage.seq_len, stage.seq_len
-    places = range(cursor, cursor + tokens, length)
-    if config.data.shuffle_block or length == config.seq_len:
-        return list(places)
-    drawn = []
-    for number, group in itertools.groupby(places, key=lambda place: place // epoch):
-        low = max(stage.first * tokens, number * epoch)
-        high = min(stage.end * tokens, (number + 1) * epoch)
-        order = permutation((high - low) // length, config.seed, f"rows from {low} to {high}")
-        drawn += [low + length * order[(place - low) // length] for place in group]
-    return drawn
+def _places_in_stage(config: Any, cursor: int, size: int, blocks: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """(places of the run at which a step's tokens are read, its [B, T]); a block is `size` tokens, an epoch `blocks`.
+
+    In independent order an epoch's blocks are shared out among the stages that read in it, as they share what the run
+    reads of it, and each draws its rows from all of its own: a run shorter than an epoch still comes from all of it.
+    """
+    tokens, found = config.batch_size * config.seq_len, stages_of(config)
+    stage = stage_at(found, cursor // tokens)
+    length, places = stage.seq_len, range(cursor, cursor + tokens, stage.seq_len)
+    if not config.data.shuffle_block:
+        drawn = []
+        for epoch, group in itertools.groupby(places, key=lambda place: place // (size * blocks)):
+            begin = epoch * blocks * size
+            end = min(begin + blocks * size, found[-1].end * tokens)  # of what the run reads of this epoch
+            low, high = max(stage.first * tokens, begin), min(stage.end * tokens, end)
+            first, last = (begin + (x - begin) // size * blocks * size // (end - begin) * size for x in (low, high))
+            order = permutation((last - first) // length, config.seed, f"rows of {length} from {first} on")
+            drawn += [first + length * order[(place - low) // length] for place in group]
+        places = drawn
+    return (np.array(places)[:, None] + np.arange(length)).ravel(), (stage.batch_size, length)
 
 
 def epoch_tokens(corpus: Corpus, config: Any) -> int:
