@@ -158,6 +158,7 @@ def _write_losses(this: "Run", scores: dict[str, Scores]) -> None:
         targets = heldout.targets(this.corpus, this.config)
         documents_WT, places_WT = heldout.own_length_places(this.corpus, this.config)
         arrays |= dict(document=targets.documents, position=targets.positions)
+        arrays["repeat"] = heldout.repeats(targets, this.corpus)
         arrays["own_loss"] = scores["own"].nll.reshape(documents_WT.shape)
         arrays |= dict(own_document=documents_WT, own_place=places_WT)
     path = os.path.join(this.workdir, "heldout_losses.npz")

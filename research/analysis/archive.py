@@ -145,14 +145,17 @@ def save(runs: Sequence[Run], folder: Path) -> None:
 
 
 def _arrays_npz(runs: Sequence[Run], dtype: type) -> bytes:
-    """Each run's arrays under `<name>/`; targets that equal those of an earlier run are kept once."""
+    """Each run's arrays under `<name>/`; targets that equal those of an earlier run are kept once, and how far back
+    their pairs were seen (`repeat`) of the first run that says so: all runs on text have the same targets."""
     arrays: dict[str, np.ndarray] = {}
     kept: list[Run] = []
+    repeats = False
     for run in runs:
         known = next((other for other in kept if same_targets(run, other)), None)
         for name, array in run.arrays.items():
-            if name in TARGETS and known is not None:
+            if (name in TARGETS and known is not None) or (name == "repeat" and repeats):
                 continue
+            repeats |= name == "repeat"
             arrays[f"{run.key.name}/{name}"] = array.astype(dtype) if name.startswith("loss_") else array
         if known is not None:
             arrays[f"{run.key.name}/same_targets_as"] = np.array(known.key.name)

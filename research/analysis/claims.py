@@ -11,6 +11,7 @@ from typing import Any
 from research.analysis import claims_batch as batch
 from research.analysis import claims_context as context
 from research.analysis import claims_cost as cost
+from research.analysis import claims_extension as extension
 from research.analysis import claims_loss as loss
 from research.analysis import claims_recall as recall
 from research.analysis import evidence
@@ -41,7 +42,7 @@ CLAIMS: tuple[tuple[str, Callable[[Analysis], Judged]], ...] = (
     ("Validation loss does not tell the whole story.", context.whole_story),
     ("Longer sequences learn more complex patterns over time.", loss.patterns_over_time),
     ("For deep contextual understanding longer is worth a higher validation loss.", context.worth_it),
-    ("In practice length is between 1024 and 4096, with extension training later.", context.in_practice),
+    ("In practice length is between 1024 and 4096, with extension training later.", extension.in_practice),
 )
 
 
@@ -52,6 +53,6 @@ def verdicts(results: Mapping[str, Any]) -> list[Verdict]:
     one_length = evidence.without(analysis, growing) | {"left_out": growing}
     found = []
     for claim, rule in CLAIMS:
-        verdict, text = rule(analysis if rule is context.in_practice else one_length)
+        verdict, text = rule(analysis if rule is extension.in_practice else one_length)
         found.append(Verdict(claim, verdict, " ".join(text.split())))
     return found

@@ -4,9 +4,6 @@ On text, long rows have to lower the loss of the same targets by the context tha
 task (claims_recall.py), to find what lies further back than short rows reach.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 from research.analysis import claims_cost, claims_recall, evidence
 from research.analysis import recall as recall_task
 from research.analysis.context import TOLERANCE
@@ -21,10 +18,34 @@ def long_range(analysis: Analysis) -> Judged:
         return UNTESTED, missing
     recalled, recall_text = claims_recall.further(analysis)
     gained, gain_text = _gains_beyond(analysis)
-    verdict = evidence.judge([recalled, gained])
-    if verdict == HOLDS and None in (recalled, gained):
-        return CONDITIONS, f"{recall_text} {gain_text} One of the two measures alone shows it."
-    return verdict, f"{recall_text} {gain_text}"
+    copied, copied_text = _copies(analysis)
+    answers = [recalled, gained] + ([copied] if copied_text else [])  # studies of before do not have it
+    text = f"{recall_text} {gain_text} {copied_text}"
+    verdict = evidence.judge(answers)
+    if verdict == HOLDS and None in answers:
+        return CONDITIONS, f"{text} Not every measure shows it: {answers.count(True)} of {len(answers)}."
+    return verdict, text
+
+
+def _copies(analysis: Analysis) -> tuple[bool | None, str]:
+    """Whether the longest rows gain from far context where the target's pair of tokens was last seen there.
+
+    False only where the interval says that it cannot be as much as the tolerance of the effective context.
+    """
+    name = list(arms(analysis))[-1]
+    entries = analysis.get("repeats") or ()
+    entry = next((e for e in entries if e["strategy"] == name and e["setting"] == "independent"), None)
+    far = entry and entry["groups"]["far"]
+    if not far or "mean" not in far:
+        return None, ""
+    change = evidence.turned(far | {"a": "", "b": ""})
+    text = (
+        f"On the {far['share']:.1%} of targets whose pair of tokens was last seen between {entry['from']:,} and "
+        f"{entry['to']:,} tokens back it is {evidence.said(change)}."
+    )
+    if far["low"] is not None and far["low"] > 0:
+        return True, text
+    return (False if far["high"] is not None and far["high"] < TOLERANCE else None), text
 
 
 def _gains_beyond(analysis: Analysis) -> tuple[bool | None, str]:
@@ -54,15 +75,11 @@ def _gains_beyond(analysis: Analysis) -> tuple[bool | None, str]:
 
 
 def _effective(analysis: Analysis, name: str) -> str:
-    effective = (_curves(analysis).get(name) or {}).get("effective")
+    effective = (evidence.curves(analysis).get(name) or {}).get("effective")
     if not effective or effective["mean"] is None:
         return ""
     around = "" if effective["low"] is None else f" [{effective['low']:,.0f}, {effective['high']:,.0f}]"
     return f" (effective context {'at least ' * bool(effective['censored'])}{effective['mean']:,.0f}{around})"
-
-
-def _curves(analysis: Analysis) -> dict[str, dict[str, Any]]:
-    return {e["strategy"]: e for e in analysis.get("context") or [] if e["setting"] == "independent"}
 
 
 def understands_context(analysis: Analysis) -> Judged:
@@ -90,14 +107,10 @@ def _at_full_reach(analysis: Analysis, setting: str) -> tuple[bool | None, str]:
     entries = [p for p in pairs if known and known[-1] in (p["a"], p["b"])]
     if not entries:
         return None, ""
-    gaps = [p if p["a"] == known[-1] else _turned(p) for p in entries]
+    gaps = [p if p["a"] == known[-1] else evidence.turned_ends(p) for p in entries]
     parts = (f"{p['a']} at {p['context_a']:,} minus {p['b']} at {p['context_b']:,} {evidence.said(p)}" for p in gaps)
     apart = [None] * (len(known) - 1 - len(gaps))  # of no seed in common: not compared
     return evidence.extreme([*gaps, *apart], -1), "; ".join(parts)
-
-
-def _turned(pair: Mapping[str, Any]) -> dict[str, Any]:
-    return evidence.turned(pair) | {"context_a": pair["context_b"], "context_b": pair["context_a"]}
 
 
 def whole_story(analysis: Analysis) -> Judged:
@@ -112,15 +125,19 @@ def whole_story(analysis: Analysis) -> Judged:
         return UNTESTED, "No strategy is shown to have the lowest loss, so there is no ranking to set others beside."
     name, text = winner
     used, (recalled, recall_text) = _most_context(analysis), _most_recall(analysis)
+    far, far_text = _where_pairs_are_far(analysis, name)
     text += f" Longest effective context on text: {listed(used)}." if used else ""
     text += f" {recall_text}" if recall_text else ""
-    if used and name not in used:
+    text += f" {far_text}" if far_text else ""
+    if (used and name not in used) or far:
         return HOLDS, text
     if not claims_recall.entries(analysis):
         return UNTESTED, f"{text} {claims_recall.NOT_RUN}"
-    if recalled and name not in recalled:
+    if recalled and name not in recalled and far is None:
         return UNTESTED, f"{text} {OTHERS} Recall by the models on text would tell."
-    if not used and not recalled:
+    if recalled and name not in recalled:
+        return FAILS, f"{text} {OTHERS} {name} leads in every measure of the models on text that decides."
+    if not used and not recalled and far is None:
         return UNTESTED, f"{text} In recall and in the use of context none is shown to lead: more seeds would tell."
     return FAILS, f"{text} {name} leads in every measure that decides."
 
@@ -132,6 +149,19 @@ def _winner(analysis: Analysis) -> tuple[str, str] | None:
         if evidence.extreme(gaps, -1):
             return name, f"Lowest loss at context {context}: {name} ({evidence.against(gaps)})."
     return None
+
+
+def _where_pairs_are_far(analysis: Analysis, name: str) -> tuple[bool | None, str]:
+    """Whether some strategy predicts the targets whose pair of tokens was last seen far back better than `name` does;
+    False where each that reaches further is shown to be worse."""
+    entries = [e for e in analysis.get("repeats") or () if e["setting"] == "independent"]
+    pairs = [pair for entry in entries for pair in entry["against"] if pair["b"] == name]
+    if not pairs:
+        return None, ""
+    text = f"On targets whose pair of tokens was last seen too far back for {name}: {evidence.against(pairs)}."
+    if any(pair["high"] is not None and pair["high"] < 0 for pair in pairs):
+        return True, text
+    return (False if all(pair["low"] is not None and pair["low"] > 0 for pair in pairs) else None), text
 
 
 def _most_recall(analysis: Analysis) -> tuple[list[str], str]:
@@ -154,7 +184,7 @@ def _most_context(analysis: Analysis) -> list[str]:
 
     An interval that ends at the longest context that was scored may as well end anywhere up to the trained length.
     """
-    known = {n: c for n, c in _curves(analysis).items() if c["effective"] and c["effective"]["low"] is not None}
+    known = {n: c for n, c in evidence.curves(analysis).items() if c["effective"] and c["effective"]["low"] is not None}
     if len(known) < 2:
         return []
     found = {name: curve["effective"] for name, curve in known.items()}
@@ -172,17 +202,21 @@ def worth_it(analysis: Analysis) -> Judged:
     reached, reach_text = _at_full_reach(analysis, "independent")
     known, context = list(arms(analysis)), evidence.shared_context(analysis)
     gaps = [evidence.gap(analysis, known[-1], other, context) for other in known[:-1]]
+    far, far_text = _where_pairs_are_far(analysis, known[0])
     text = f"{recall_text} On text, each with all its context, in nats per token: {reach_text or 'not compared'}. "
+    text += f"{far_text} " if far_text else ""
     text += f"The price at context {context}: {evidence.against(gaps)}. No application was tried."
     if evidence.extreme(gaps, 1) is False:
         return UNTESTED, f"{text} The longest rows do not have the highest loss: there is no price to weigh."
     if reached:
         return HOLDS, text
+    if far:
+        return CONDITIONS, f"{text} On those targets alone."
     if little := evidence.little_context(analysis):
         return UNTESTED, f"{text} {little}"
-    if recalled:
+    if recalled and far is None:
         return UNTESTED, f"{text} {OTHERS} Recall by the models on text would tell."
-    if reached is None or recalled is None:
+    if reached is None or (recalled is None and far is None):
         return UNTESTED, f"{text} That is undecided."
     return FAILS, text
 
@@ -227,46 +261,3 @@ def context_for_speed(analysis: Analysis) -> Judged:
     if gained is None or recalled is None:
         return UNTESTED, f"{text} What they give for it is undecided."
     return CONDITIONS, f"{text} The price is paid; what it buys is not seen."
-
-
-def in_practice(analysis: Analysis) -> Judged:
-    """A habit of others. What a study can say of it: whether rows that grow end below long ones from the start, and
-    below the short ones that they began as, on the same targets and each with all its context."""
-    if (growing := evidence.growing(analysis)) and not evidence.leak(analysis):
-        return _extended(analysis, growing)
-    lengths = [f"{arm['seq_len']:,}" for arm in arms(analysis).values()]
-    text = f"Rows of {listed(lengths)} tokens were trained from scratch, none extended later." if lengths else ""
-    effective = {name: e["effective"] for name, e in _curves(analysis).items() if e["effective"]}
-    if effective and not evidence.leak(analysis):
-        each = ", ".join(f"{name} {'at least ' * bool(e['censored'])}{e['mean']:,.0f}" for name, e in effective.items())
-        text += f" Effective contexts on text: {each} tokens."
-    return (
-        UNTESTED,
-        text + " Training checkpoints on at other lengths, against those lengths from the start, would tell.",
-    )
-
-
-def _extended(analysis: Analysis, growing: list[str]) -> Judged:
-    known, longer, shorter = arms(analysis), [], []
-    for name in (name for name in growing if name in known):
-        first, last = known[name]["stages"][0]["seq_len"], known[name]["seq_len"]
-        for other, arm in known.items():
-            if other not in growing and arm["seq_len"] in (first, last):
-                (longer if arm["seq_len"] == last else shorter).append(_with_all_context(analysis, name, other))
-    gaps = [gap for gap in longer + shorter if gap]
-    text = f"Rows extended later, each strategy with all its context, in nats per token: {evidence.against(gaps)}."
-    if not (any(longer) and any(shorter)):
-        return UNTESTED, f"{text} Rows as long from the start, and rows never extended, beside them would tell."
-    text += " Lengths of others' practice were not compared."
-    if any(gap["shown"] and gap["mean"] > 0 for gap in gaps):
-        return FAILS, text
-    if evidence.extreme(gaps, -1):
-        return CONDITIONS, text
-    return UNTESTED, f"{text} Undecided: more seeds or tokens would tell."
-
-
-def _with_all_context(analysis: Analysis, a: str, b: str) -> dict[str, Any] | None:
-    """Loss of `a` minus that of `b`, each at its longest context; None where they were not compared."""
-    pairs = (analysis.get("reach") or {}).get("pairs", ())
-    found = next((p for p in pairs if p["setting"] == "independent" and {p["a"], p["b"]} == {a, b}), None)
-    return found and (found if found["a"] == a else _turned(found))

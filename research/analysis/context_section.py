@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from research.analysis import reach
+from research.analysis import reach, repeats
 from research.analysis.context import TOLERANCE
 from research.analysis.decomposition import sampled, signed
 from research.analysis.page import Picture, Section, Table
@@ -21,7 +21,7 @@ def section(analysis: dict[str, Any], drawn: Mapping[str, Picture]) -> Section |
         "falls by what it has learnt to read from the further tokens; beyond it, the raw model meets rotary positions "
         "that it never saw, while a window that slides keeps the loss of the longest context that fits."
     )
-    tables = [_use(found), *_early_and_late(found), *reach.tables(analysis)]
+    tables = [_use(found), *repeats.tables(analysis), *_early_and_late(found), *reach.tables(analysis)]
     return Section("What context is worth", text, tuple(tables), tuple(drawn[n] for n in PICTURES if n in drawn))
 
 

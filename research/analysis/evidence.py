@@ -102,6 +102,16 @@ def turned(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {**entry, "a": entry["b"], "b": entry["a"], "mean": -entry["mean"], **ends}
 
 
+def turned_ends(pair: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, of strategies that are each at a context of their own."""
+    return turned(pair) | {"context_a": pair["context_b"], "context_b": pair["context_a"]}
+
+
+def curves(analysis: Analysis) -> dict[str, dict[str, Any]]:
+    """What context is worth to each strategy, in independent order."""
+    return {e["strategy"]: e for e in analysis.get("context") or [] if e["setting"] == "independent"}
+
+
 def shared_context(analysis: Analysis) -> int | None:
     """The longest context that every strategy was trained at."""
     return max(analysis.get("shared_contexts") or [], default=None)

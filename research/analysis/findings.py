@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from research.analysis import budgets, noise_report, recall
+from research.analysis import budgets, noise_report, recall, repeats
 from research.analysis.comparison import difference_of
 from research.analysis.original import RANKING
 from research.analysis.study import lengths_of
@@ -21,6 +21,7 @@ def as_list(analysis: dict[str, Any]) -> str:
         + why(analysis)
         + noise_report.finding(analysis.get("noise", ()))
         + more_context(analysis)
+        + repeats.findings(analysis)
         + grown(analysis)
         + scarce(analysis)
         + recalls(analysis)

@@ -35,6 +35,11 @@ TERMS: tuple[tuple[str, str], ...] = (
         f"The shortest context from which no longer one takes more than {TOLERANCE} nats per token off the loss.",
     ),
     (
+        "Pair near, far",
+        "A target and the token before it are a pair. Where the same pair was seen before, it can be copied: near, "
+        "from within the context that all strategies share; far, only from within a longer one.",
+    ),
+    (
         "Independent and paired order",
         "Independent: each row comes from its own place of the corpus, the common practice. Paired: at each step every "
         "strategy sees the very same tokens, cut differently.",

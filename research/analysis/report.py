@@ -19,6 +19,7 @@ from research.analysis import (
     protocol,
     reach,
     recall,
+    repeats,
     study,
     tables,
 )
@@ -51,9 +52,11 @@ def write(folder: Path) -> dict[str, Any]:
 
 
 def analyse(runs: Sequence[study.Run]) -> dict[str, Any]:
-    """All that the report says beyond the runs' own results: that of comparison.py, and that of reach.py."""
+    """All that the report says beyond the runs' own results: that of comparison.py, reach.py and repeats.py."""
     analysis = comparison.analyse(runs)
-    return analysis | {"reach": _reach(runs, analysis["shared_contexts"])}
+    shared = analysis["shared_contexts"]
+    everyone = [arm for setting in ("independent", "paired") for arm in study.arms(runs, setting)]
+    return analysis | {"reach": _reach(runs, shared), "repeats": repeats.analyse(everyone, shared)}
 
 
 def _reach(runs: Sequence[study.Run], shared: Sequence[int]) -> dict[str, list]:

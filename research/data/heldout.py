@@ -59,6 +59,23 @@ def targets(corpus: Corpus, config: Any) -> Targets:
     )
 
 
+def repeats(targets: Targets, corpus: Corpus) -> np.ndarray:
+    """int32 [n]: how many tokens before each target the same pair, of the token before it and itself, was last seen in
+    its document; 0 where it was not."""
+    found = np.zeros(len(targets.positions), np.int32)
+    ends = np.append(corpus.heldout_starts[1:], len(corpus.heldout))
+    for document in np.unique(targets.documents):
+        begin, mine = corpus.heldout_starts[document], targets.documents == document
+        tokens_N = np.asarray(corpus.heldout[begin : ends[document]], np.int64)
+        pairs_N = (tokens_N[:-1] << 32) | tokens_N[1:]
+        order = np.argsort(pairs_N, kind="stable")  # equal pairs side by side, in the order of the text
+        again = np.flatnonzero(pairs_N[order[1:]] == pairs_N[order[:-1]])
+        back_N = np.zeros(len(pairs_N), np.int32)
+        back_N[order[again + 1]] = order[again + 1] - order[again]
+        found[mine] = back_N[targets.positions[mine] - begin - 1]
+    return found
+
+
 def context_windows(targets: Targets, corpus: Corpus, context: int) -> dict[str, np.ndarray]:
     """Windows int32 `inputs` and `targets` [W, c + n] that score each target once.
 
