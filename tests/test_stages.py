@@ -257,8 +257,9 @@ def test_a_report_shows_rows_that_grow_and_keeps_them_out_of_claims_about_length
     assert ablation.main(["--report_only", f"--workdir={grown_study}"]) == 0
     written = json.loads((grown_study / "report" / "results.json").read_text())
     text = (grown_study / "report" / "report.md").read_text()
-    assert "growing 64 x 128 then 4 x 2048" in text and "| growing, independent | 64 x 128 then 4 x 2048 |" in text
+    assert "growing 64 x 128 to 4 x 2048" in text and "| growing, independent | 64 x 128 to 4 x 2048 |" in text
     assert "With all the context that each was trained at, growing, in rows of 128, then 2,048 tokens, is" in text
+    assert text.count("config.train (") == 1  # of both orders together
     arms = {(a["strategy"], a["setting"]): a for a in written["analysis"]["arms"]}
     assert arms["growing", "independent"]["stages"] and arms["long_seq", "independent"]["stages"] is None
     assert arms["growing", "independent"]["step_seconds"] == 1.0  # the mean of 0.5 and 1.5

@@ -168,14 +168,17 @@ def _unlike_fields(found: Sequence[Run]) -> list[str]:
     first: dict[str, dict[str, Any]] = {}
     for run in found:
         first.setdefault(run["setting"], {}).setdefault(run["strategy"], run["config"])
-    shown: dict[str, None] = {}
+    shown: dict[str, dict[str, Any]] = {}  # of each field the strategies' values, of all settings together
     for configs in first.values():
         base, *others = configs.values()
         names = {name for other in others for name, _ in differences(base, other)} - _SAID
         for name in sorted(names):
-            each = (f"{strategy} {_value(config, name)}" for strategy, config in configs.items())
-            shown[f"config.{name} ({', '.join(each)})"] = None
-    return list(shown)
+            each = {strategy: _value(config, name) for strategy, config in configs.items()}
+            shown[name] = shown.get(name, {}) | each
+    return [
+        f"config.{name} ({', '.join(f'{strategy} {value}' for strategy, value in each.items())})"
+        for name, each in shown.items()
+    ]
 
 
 def _value(config: Any, name: str) -> Any:

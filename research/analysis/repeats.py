@@ -126,9 +126,11 @@ def findings(analysis: Mapping[str, Any]) -> list[str]:
     """Whether far context helps where something can be copied from it, and where nothing can."""
     said = []
     for entry in analysis.get("repeats") or ():
-        far, elsewhere = entry["groups"]["far"], entry["groups"]["elsewhere"]
+        far = entry["groups"]["far"]
         if entry["setting"] == "independent" and far.get("shown") and far["mean"] > 0:
-            rest = "" if "mean" not in elsewhere else f" ({signed(elsewhere)} where it is in neither)"
+            others = (("near", "where it is near"), ("elsewhere", "where it is in neither"))
+            known = [(entry["groups"][name], where) for name, where in others]
+            rest = "".join(f", {signed(group)} {where}" for group, where in known if "mean" in group)
             gain = f"{entry['strategy']} gains {far['mean']:.3f} [{far['low']:.3f}, {far['high']:.3f}]"
             where = f"on the {far['share']:.1%} of targets whose pair was last seen in between"
             said.append(f"{gain} from {entry['from']} to {entry['to']:,} {where}{rest}")

@@ -117,8 +117,9 @@ def lengths_of(about: Mapping[str, Any]) -> list[int]:
 
 
 def shape(about: Mapping[str, Any]) -> str:
-    """Such as '4 x 2048', or '64 x 128 then 4 x 2048' where rows grow."""
-    return " then ".join(f"{rows} x {length}" for rows, length in shapes_of(about))
+    """Such as '4 x 2048', or '64 x 128 to 4 x 2048' where rows grow."""
+    ends = dict.fromkeys((shapes_of(about)[0], shapes_of(about)[-1]))
+    return " to ".join(f"{rows} x {length}" for rows, length in ends)
 
 
 def same_targets(a: Run, b: Run) -> bool:
