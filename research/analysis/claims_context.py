@@ -23,7 +23,7 @@ def long_range(analysis: Analysis) -> Judged:
     text = f"{recall_text} {gain_text} {copied_text}"
     verdict = evidence.judge(answers)
     if verdict == HOLDS and None in answers:
-        return CONDITIONS, f"{text} Not every measure shows it: {answers.count(True)} of {len(answers)}."
+        return CONDITIONS, f"{text} {answers.count(True)} of {len(answers)} measures show it; none speaks against it."
     return verdict, text
 
 
@@ -40,11 +40,13 @@ def _copies(analysis: Analysis) -> tuple[bool | None, str]:
         return None, ""
     change = evidence.turned(far | {"a": "", "b": ""})
     text = (
-        f"On the {far['share']:.1%} of targets whose pair of tokens was last seen between {entry['from']:,} and "
-        f"{entry['to']:,} tokens back it is {evidence.said(change)}."
+        f"On the {far['share']:.1%} of targets whose pair of tokens was last seen {5 * entry['from'] // 4:,} to "
+        f"{entry['to']:,} tokens back the change is {evidence.said(change)}."
     )
     if far["low"] is not None and far["low"] > 0:
         return True, text
+    if evidence.little_context(analysis):
+        return None, text
     return (False if far["high"] is not None and far["high"] < TOLERANCE else None), text
 
 
@@ -131,13 +133,13 @@ def whole_story(analysis: Analysis) -> Judged:
     text += f" {far_text}" if far_text else ""
     if (used and name not in used) or far:
         return HOLDS, text
+    if far is False:  # recall by other models could not turn it
+        return FAILS, f"{text} {name} leads in every measure of the models on text that decides."
     if not claims_recall.entries(analysis):
         return UNTESTED, f"{text} {claims_recall.NOT_RUN}"
-    if recalled and name not in recalled and far is None:
-        return UNTESTED, f"{text} {OTHERS} Recall by the models on text would tell."
     if recalled and name not in recalled:
-        return FAILS, f"{text} {OTHERS} {name} leads in every measure of the models on text that decides."
-    if not used and not recalled and far is None:
+        return UNTESTED, f"{text} {OTHERS} {_would_tell(far_text)}"
+    if not used and not recalled:
         return UNTESTED, f"{text} In recall and in the use of context none is shown to lead: more seeds would tell."
     return FAILS, f"{text} {name} leads in every measure that decides."
 
@@ -151,17 +153,22 @@ def _winner(analysis: Analysis) -> tuple[str, str] | None:
     return None
 
 
-def _where_pairs_are_far(analysis: Analysis, name: str) -> tuple[bool | None, str]:
-    """Whether some strategy predicts the targets whose pair of tokens was last seen far back better than `name` does;
-    False where each that reaches further is shown to be worse."""
+def _would_tell(far_text: str) -> str:
+    measured = "Undecided where pairs are far: more seeds or tokens would tell."
+    return measured if far_text else "Recall by the models on text would tell."
+
+
+def _where_pairs_are_far(analysis: Analysis, name: str, of: str | None = None) -> tuple[bool | None, str]:
+    """Whether some strategy (or `of`) is shown to predict targets whose pair of tokens was last seen far back better
+    than `name` does; False where each that reaches further is shown to be worse."""
     entries = [e for e in analysis.get("repeats") or () if e["setting"] == "independent"]
-    pairs = [pair for entry in entries for pair in entry["against"] if pair["b"] == name]
+    pairs = [p for entry in entries for p in entry["against"] if p["b"] == name and of in (None, p["a"])]
     if not pairs:
         return None, ""
     text = f"On targets whose pair of tokens was last seen too far back for {name}: {evidence.against(pairs)}."
-    if any(pair["high"] is not None and pair["high"] < 0 for pair in pairs):
+    if any(pair["shown"] and pair["mean"] < 0 for pair in pairs):
         return True, text
-    return (False if all(pair["low"] is not None and pair["low"] > 0 for pair in pairs) else None), text
+    return (False if all(pair["shown"] and pair["mean"] > 0 for pair in pairs) else None), text
 
 
 def _most_recall(analysis: Analysis) -> tuple[list[str], str]:
@@ -202,7 +209,7 @@ def worth_it(analysis: Analysis) -> Judged:
     reached, reach_text = _at_full_reach(analysis, "independent")
     known, context = list(arms(analysis)), evidence.shared_context(analysis)
     gaps = [evidence.gap(analysis, known[-1], other, context) for other in known[:-1]]
-    far, far_text = _where_pairs_are_far(analysis, known[0])
+    far, far_text = _where_pairs_are_far(analysis, known[0], of=known[-1])
     text = f"{recall_text} On text, each with all its context, in nats per token: {reach_text or 'not compared'}. "
     text += f"{far_text} " if far_text else ""
     text += f"The price at context {context}: {evidence.against(gaps)}. No application was tried."
@@ -215,7 +222,7 @@ def worth_it(analysis: Analysis) -> Judged:
     if little := evidence.little_context(analysis):
         return UNTESTED, f"{text} {little}"
     if recalled and far is None:
-        return UNTESTED, f"{text} {OTHERS} Recall by the models on text would tell."
+        return UNTESTED, f"{text} {OTHERS} {_would_tell(far_text)}"
     if reached is None or (recalled is None and far is None):
         return UNTESTED, f"{text} That is undecided."
     return FAILS, text

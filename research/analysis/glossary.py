@@ -37,7 +37,8 @@ TERMS: tuple[tuple[str, str], ...] = (
     (
         "Pair near, far",
         "A target and the token before it are a pair. Where the same pair was seen before, it can be copied: near, "
-        "from within the context that all strategies share; far, only from within a longer one.",
+        "from within the context that all strategies share; far, only from within a longer one. It says where a gain "
+        "falls, not that it comes of copying.",
     ),
     (
         "Independent and paired order",

@@ -1,8 +1,9 @@
 """What far context is for: gains on targets by how far back the same pair of tokens was last seen in the document.
 
 A pair, the target and the token before it, that was seen in the context can be copied from it: a hit of associative
-recall (Arora et al. 2023, arXiv:2312.04927). Where it was last seen further back than the context that all strategies
-share, only those trained on longer rows can.
+recall (Arora et al. 2023, arXiv:2312.04927, who leave out pairs that are common in training; here they are kept). Where
+it was last seen further back than the context that all strategies share, only those trained on longer rows see it.
+Groups are chosen by the target itself: they say where a gain falls, not that it comes of copying.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from research.analysis.bootstrap import hierarchical_bootstrap
-from research.analysis.context import difference, rounded
+from research.analysis.context import corrected, difference, rounded
 from research.analysis.decomposition import sampled, signed
 from research.analysis.page import Table
 from research.analysis.study import Arm
@@ -42,6 +43,9 @@ def analyse(arms: Sequence[Arm], shared: Sequence[int]) -> list[dict[str, Any]]:
             about = dict(strategy=arm.strategy, setting=arm.setting, seeds=len(arm.seeds))
             about |= {"from": short, "to": _reach(arm), "groups": gains}
             entries.append(about | dict(against=[entry for entry in against if entry]))
+    growing = {arm.strategy for arm in arms if arm.grows}
+    for setting in {entry["setting"] for entry in entries}:
+        corrected([pair for e in entries if e["setting"] == setting for pair in e["against"]], growing)
     return entries
 
 
@@ -96,7 +100,9 @@ def tables(analysis: Mapping[str, Any]) -> list[Table]:
     note = (
         "What more context takes off the loss of targets whose pair of tokens (the target and the one before it) was "
         "last seen in the document so far back: within the shorter context; beyond 1.25 times it, and within the "
-        f"longer; in neither. Nats per token [{sampled(e['seeds'] for e in entries)}], and the share of all targets."
+        f"longer; in neither. Nats per token [{sampled(e['seeds'] for e in entries)}], and the share of all targets "
+        "(those between are left out). Groups are chosen by the target itself: they say where a gain falls, not that "
+        "it comes of copying; whether context pays, only all targets together say."
     )
     return [
         Table(("strategy", "order", "context", "pair near", "pair far", "pair in neither"), rows, note),
@@ -107,15 +113,24 @@ def tables(analysis: Mapping[str, Any]) -> list[Table]:
 def _far_table(entries: Sequence[Mapping[str, Any]]) -> list[Table]:
     """Strategies against each other where the pair is beyond the reach of one of them."""
     rows = tuple(
-        (e["setting"], f"{pair['a']} at {pair['context_a']:,}", f"{pair['b']} at {pair['context_b']:,}", signed(pair))
+        (
+            e["setting"],
+            f"{pair['a']} at {pair['context_a']:,}",
+            f"{pair['b']} at {pair['context_b']:,}",
+            signed(pair),
+            "–" if pair["p_holm"] is None else f"{pair['p_holm']:.2g}",
+            (pair["a"] if pair["mean"] < 0 else pair["b"]) if pair["shown"] else "no difference shown",
+        )
         for e in entries
         for pair in e["against"]
     )
     note = (
         "On the targets whose pair is far for the first, out of the second's reach or partly so; each with all its "
-        f"context. Nats per token [{sampled(e['seeds'] for e in entries)}, each interval by itself]."
+        f"context. Nats per token [{sampled(e['seeds'] for e in entries)}]; p after Holm's correction within an order, "
+        "for rows that grow apart."
     )
-    return [Table(("order", "first", "second", "first minus second, pair far"), rows, note)] if rows else []
+    columns = ("order", "first", "second", "first minus second, pair far", "p (Holm)", "lower loss")
+    return [Table(columns, rows, note)] if rows else []
 
 
 def _cell(group: Mapping[str, Any]) -> str:
@@ -123,7 +138,7 @@ def _cell(group: Mapping[str, Any]) -> str:
 
 
 def findings(analysis: Mapping[str, Any]) -> list[str]:
-    """Whether far context helps where something can be copied from it, and where nothing can."""
+    """Where the gains from far context fall, of strategies that are shown to gain where the pair is far."""
     said = []
     for entry in analysis.get("repeats") or ():
         far = entry["groups"]["far"]
@@ -132,6 +147,6 @@ def findings(analysis: Mapping[str, Any]) -> list[str]:
             known = [(entry["groups"][name], where) for name, where in others]
             rest = "".join(f", {signed(group)} {where}" for group, where in known if "mean" in group)
             gain = f"{entry['strategy']} gains {far['mean']:.3f} [{far['low']:.3f}, {far['high']:.3f}]"
-            where = f"on the {far['share']:.1%} of targets whose pair was last seen in between"
+            where = f"on the {far['share']:.1%} of targets whose pair was last seen only there"
             said.append(f"{gain} from {entry['from']} to {entry['to']:,} {where}{rest}")
-    return [f"Far context is for pairs of tokens that were seen there: {'; '.join(said)}."] if said else []
+    return [f"By where a target's pair of tokens was last seen: {'; '.join(said)}."] if said else []
