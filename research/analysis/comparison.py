@@ -121,18 +121,13 @@ def differences(found: Sequence[Arm], shared: Sequence[int]) -> list[dict[str, A
 
 
 def _difference(a: Arm, b: Arm, context_: int, seeds: Sequence[int]) -> dict[str, Any]:
-    losses = [_losses(arm, context_, seeds) for arm in (a, b)]
+    losses = [arm.losses(context_, seeds) for arm in (a, b)]
     documents = a.runs[0].arrays["document"]
     return (
         dict(setting=a.setting, context=context_, a=a.strategy, b=b.strategy)
         | difference(hierarchical_bootstrap(*losses, documents, _SEED))
         | dict(sd=_sd((losses[0] - losses[1]).mean(axis=1, dtype=np.float64)))
     )
-
-
-def _losses(arm: Arm, context_: int, seeds: Sequence[int]) -> np.ndarray:
-    """[S, targets] of the runs with these seeds."""
-    return np.stack([run.losses[context_].astype(np.float64) for run in arm.runs if run.key.seed in seeds])
 
 
 def power(found: Sequence[Arm], shared: Sequence[int]) -> list[dict[str, Any]]:
@@ -158,7 +153,7 @@ def rankings(found: Sequence[Arm], shared: Sequence[int], compared: Sequence[dic
         return []
     measures = {"own": {a.strategy: _mean([r.result["eval"]["own"]["loss"] for r in a.runs]) for a in found}}
     for c in shared:
-        measures[str(c)] = {arm.strategy: float(_losses(arm, c, arm.seeds).mean()) for arm in found}
+        measures[str(c)] = {arm.strategy: float(arm.losses(c, arm.seeds).mean()) for arm in found}
     ranked = []
     for measure, losses in measures.items():
         order = sorted(losses, key=losses.__getitem__)

@@ -85,15 +85,15 @@ def _against(arm: Any, other: Any) -> dict[str, Any] | None:
     if arm is other or not seeds:
         return None
 
-    def losses(of: Any, context: int) -> np.ndarray:
-        return np.stack([run.losses[context].astype(np.float64) for run in of.runs if run.key.seed in seeds])
-
     documents = arm.runs[0].arrays["document"]
     curve = [
         dict(context=c, beyond=not arm.within(c))
         | interval(
             bootstrap_statistic(
-                {"a": losses(arm, c), "b": losses(other, c)}, documents, lambda means: means["a"] - means["b"], _SEED
+                {"a": arm.losses(c, seeds), "b": other.losses(c, seeds)},
+                documents,
+                lambda means: means["a"] - means["b"],
+                _SEED,
             )
         )
         for c in arm.contexts

@@ -9,8 +9,6 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
-
 from research.analysis.bootstrap import RESAMPLES, bootstrap_statistic
 from research.analysis.context import interval
 from research.analysis.page import Section, Table
@@ -36,7 +34,7 @@ def analyse(independent: Sequence[Arm], paired: Sequence[Arm], shared: Sequence[
         equal = len({(arm.first["tokens_per_step"], arm.first["tokens"]) for arm in four.values()}) == 1
         if not seeds or not equal:
             continue
-        losses = {key: _losses(arm, context, seeds) for key, arm in four.items()}
+        losses = {key: arm.losses(context, seeds) for key, arm in four.items()}
         documents = of[a, "independent"].runs[0].arrays["document"]
         entry = dict(at=context, a=a, b=b, seeds=seeds)
         for part in PARTS:  # of the orders that it is made of alone: so it has the interval of the same difference
@@ -45,10 +43,6 @@ def analyse(independent: Sequence[Arm], paired: Sequence[Arm], shared: Sequence[
             entry[part] = interval(found)
         entries.append(entry)
     return entries
-
-
-def _losses(arm: Arm, context: int, seeds: Sequence[int]) -> np.ndarray:
-    return np.stack([run.losses[context].astype(np.float64) for run in arm.runs if run.key.seed in seeds])
 
 
 def _statistic(part: str, a: str, b: str):

@@ -26,7 +26,7 @@ def analyse(arms: Sequence[Arm], shared: Sequence[int]) -> dict[str, list[dict[s
     them. None where all reach equally far: that is what differences are. gains: loss at the longest shared context
     minus that at the strategy's own longest.
     """
-    reaching = {arm.strategy: max((c for c in arm.contexts if arm.within(c)), default=None) for arm in arms}
+    reaching = {arm.strategy: arm.reach for arm in arms}
     known = [arm for arm in arms if reaching[arm.strategy] is not None]
     unlike = len({reaching[arm.strategy] for arm in known}) > 1
     pairs = []
@@ -35,20 +35,16 @@ def analyse(arms: Sequence[Arm], shared: Sequence[int]) -> dict[str, list[dict[s
         seeds = [seed for seed in a.seeds if seed in b.seeds]
         if seeds and unlike:
             entry = dict(setting=a.setting, a=a.strategy, b=b.strategy, context_a=ends[0], context_b=ends[1])
-            pairs.append(entry | _compared(_losses(a, ends[0], seeds), _losses(b, ends[1], seeds), a))
+            pairs.append(entry | _compared(a.losses(ends[0], seeds), b.losses(ends[1], seeds), a))
     corrected(pairs, {arm.strategy for arm in arms if arm.grows})
     gains = [
         dict(setting=arm.setting, strategy=arm.strategy)
         | {"from": shared[-1], "to": reaching[arm.strategy]}
-        | _compared(_losses(arm, shared[-1], arm.seeds), _losses(arm, reaching[arm.strategy], arm.seeds), arm)
+        | _compared(arm.losses(shared[-1], arm.seeds), arm.losses(reaching[arm.strategy], arm.seeds), arm)
         for arm in known
         if shared and reaching[arm.strategy] > shared[-1]
     ]
     return dict(pairs=pairs, gains=gains)
-
-
-def _losses(arm: Arm, context: int, seeds: Sequence[int]) -> np.ndarray:
-    return np.stack([run.losses[context].astype(np.float64) for run in arm.runs if run.key.seed in seeds])
 
 
 def _compared(losses_a: np.ndarray, losses_b: np.ndarray, arm: Arm) -> dict[str, Any]:

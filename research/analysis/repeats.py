@@ -35,13 +35,13 @@ def analyse(arms: Sequence[Arm], shared: Sequence[int]) -> list[dict[str, Any]]:
         return []
     short, entries = shared[-1], []
     for arm in arms:
-        if _reach(arm) > short:
-            chosen = groups_of(repeat, short, _reach(arm))
+        if (arm.reach or 0) > short:
+            chosen = groups_of(repeat, short, arm.reach)
             gains = {name: _gain(arm, short, targets) for name, targets in chosen.items()}
-            others = [b for b in arms if b.setting == arm.setting and _reach(b) < _reach(arm)]
+            others = [b for b in arms if b.setting == arm.setting and 0 < (b.reach or 0) < arm.reach]
             against = [_against(arm, other, chosen["far"]) for other in others if chosen["far"].any()]
             about = dict(strategy=arm.strategy, setting=arm.setting, seeds=len(arm.seeds))
-            about |= {"from": short, "to": _reach(arm), "groups": gains}
+            about |= {"from": short, "to": arm.reach, "groups": gains}
             entries.append(about | dict(against=[entry for entry in against if entry]))
     growing = {arm.strategy for arm in arms if arm.grows}
     for setting in {entry["setting"] for entry in entries}:
@@ -60,14 +60,10 @@ def groups_of(repeat: np.ndarray, short: int, long: int) -> dict[str, np.ndarray
     return dict(zip(GROUPS, (near, far, elsewhere), strict=True))
 
 
-def _reach(arm: Arm) -> int:
-    return max((c for c in arm.contexts if arm.within(c)), default=0)
-
-
 def _gain(arm: Arm, short: int, chosen: np.ndarray) -> dict[str, Any]:
     found = dict(share=rounded(chosen.mean()))
     if chosen.any():
-        losses = [_losses(arm, context, arm.seeds, chosen) for context in (short, _reach(arm))]
+        losses = [arm.losses(context, arm.seeds)[:, chosen] for context in (short, arm.reach)]
         found["loss"] = rounded(losses[0].mean())
         found |= difference(hierarchical_bootstrap(*losses, arm.runs[0].arrays["document"][chosen], _SEED))
     return found
@@ -78,14 +74,9 @@ def _against(a: Arm, b: Arm, chosen: np.ndarray) -> dict[str, Any] | None:
     seeds = [seed for seed in a.seeds if seed in b.seeds]
     if not seeds:
         return None
-    losses = [_losses(arm, _reach(arm), seeds, chosen) for arm in (a, b)]
-    about = dict(a=a.strategy, b=b.strategy, context_a=_reach(a), context_b=_reach(b))
+    losses = [arm.losses(arm.reach, seeds)[:, chosen] for arm in (a, b)]
+    about = dict(a=a.strategy, b=b.strategy, context_a=a.reach, context_b=b.reach)
     return about | difference(hierarchical_bootstrap(*losses, a.runs[0].arrays["document"][chosen], _SEED))
-
-
-def _losses(arm: Arm, context: int, seeds: Sequence[int], chosen: np.ndarray) -> np.ndarray:
-    """[seeds, chosen targets], in float64."""
-    return np.stack([run.losses[context][chosen].astype(np.float64) for run in arm.runs if run.key.seed in seeds])
 
 
 def tables(analysis: Mapping[str, Any]) -> list[Table]:

@@ -5,7 +5,7 @@ from its own place of the corpus), `paired` (every strategy sees the same tokens
 recall task).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,6 +78,15 @@ class Arm:
     def contexts(self) -> list[int]:
         """Contexts (tokens) that every run was scored at, rising."""
         return sorted(set.intersection(*(set(run.losses) for run in self.runs)))
+
+    def losses(self, context: int, seeds: Collection[int]) -> np.ndarray:
+        """[seeds, targets] nats of the runs with these seeds, in float64."""
+        return np.stack([run.losses[context].astype(np.float64) for run in self.runs if run.key.seed in seeds])
+
+    @property
+    def reach(self) -> int | None:
+        """The longest context (tokens) within the trained length that every run was scored at."""
+        return max((c for c in self.contexts if self.within(c)), default=None)
 
     def within(self, context: int) -> bool:
         """Whether windows of a context fit in the trained length: as evaluated; else if 1.25 times the context does."""
