@@ -14,5 +14,4 @@ def get_config(scale: str = "cpu") -> ConfigDict:
     config.strategy = "balanced"
     shapes = dict(cpu=(16, 512), published=(26, 1024), recall=(128, 64))
     config.batch_size, config.seq_len = shapes[scale]
-    config.train.tokens = base.TOKENS.get(scale)
     return config

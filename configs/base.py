@@ -33,6 +33,7 @@ def get_config(scale: str = "cpu") -> ConfigDict:
     config.model = _model()
     config.optimizer = _optimizer()
     config.train = _train()
+    config.train.tokens = TOKENS.get(scale)
     config.data = _data()
     config.eval = _eval()
     config.mesh = _mesh()

@@ -14,5 +14,4 @@ def get_config(scale: str = "cpu") -> ConfigDict:
     config.strategy = "large_batch"
     shapes = dict(cpu=(64, 128), published=(104, 256), recall=(256, 32))
     config.batch_size, config.seq_len = shapes[scale]
-    config.train.tokens = base.TOKENS.get(scale)
     return config

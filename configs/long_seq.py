@@ -14,5 +14,4 @@ def get_config(scale: str = "cpu") -> ConfigDict:
     config.strategy = "long_seq"
     shapes = dict(cpu=(4, 2048), published=(6, 4096), recall=(64, 128))
     config.batch_size, config.seq_len = shapes[scale]
-    config.train.tokens = base.TOKENS.get(scale)
     return config

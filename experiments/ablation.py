@@ -27,10 +27,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
 from experiments.child import Interrupted, checked, run_child
 from experiments.flags import OVERRIDES, Parser, as_folder, load_config, make_folder
+from experiments.strategies import HELP, STRATEGIES, config_file, load_strategy, names, shape_flags
 from research import sizes
 from research.analysis import archive, findings, noise, report
 from research.analysis.study import FINISHED, SETTINGS, Key
@@ -38,8 +37,6 @@ from research.analysis.tables import duration
 from research.config import ConfigError
 from research.files import write_json
 
-STRATEGIES = ("large_batch", "balanced", "long_seq")
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 TRAIN = (sys.executable, "-m", "experiments.train")
 CHECK = (sys.executable, "-m", "experiments.ablation", "--check_only")
 
@@ -96,7 +93,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser("ablation", __doc__, OVERRIDES)
     parser.add_argument("--scale", default="cpu", help="of the configs: cpu (default) or published")
     parser.add_argument("--workdir", type=as_folder, required=True, help="each run gets a folder in it")
-    parser.add_argument("--strategies", type=names, default=list(STRATEGIES), help="names of configs/*.py")
+    parser.add_argument("--strategies", type=names, default=list(STRATEGIES), help=HELP)
     parser.add_argument("--memory", default="", help="of a device, such as 24GiB: plans each strategy's batch size")
     parser.add_argument("--seeds", type=names, default=[], help="such as 42,43,44; the config's own if not given")
     parser.add_argument("--settings", type=names, default=["independent"], help=f"of {','.join(SETTINGS)}")
@@ -144,10 +141,6 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         raise ConfigError("--strategies", "", "name at least one, and at least one of --settings")
 
 
-def names(text: str) -> list[str]:
-    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-
-
 def plan(arguments: argparse.Namespace) -> list[Planned]:
     """The runs of a study, seed by seed, so that one that is stopped half-way can be compared already.
 
@@ -170,13 +163,11 @@ def plan(arguments: argparse.Namespace) -> list[Planned]:
             given = [f"--config.seed={seed}"] if seed is not None else []
             for setting in arguments.settings:
                 if setting == "recall":
-                    file, overrides = (
-                        config_file(name, "recall"),
-                        [*_shared(arguments.overrides), *arguments.recall, *given],
-                    )
+                    file, overrides = config_file(name, "recall"), [*_shared(arguments.overrides), *arguments.recall]
                     load_strategy(name, "recall", overrides)
                 else:
-                    file, overrides = config_file(name, arguments.scale), [*texts[name], *given]
+                    file, overrides = config_file(name, arguments.scale), texts[name]
+                overrides = [*shape_flags(name), *overrides, *given]
                 if setting == "paired":
                     if config.seq_len == longest and not config.train.stages and "independent" in arguments.settings:
                         continue  # its rows are the blocks: both orders are one
@@ -188,22 +179,6 @@ def plan(arguments: argparse.Namespace) -> list[Planned]:
 def _shared(overrides: Sequence[str]) -> list[str]:
     """Those that say where a run is made, not what: the recall task takes these alone."""
     return [o for o in overrides if o.startswith(("--config.mesh.", "--config.data.cache_dir=", "--config.seed="))]
-
-
-def load_strategy(strategy: str, scale: str, overrides: Sequence[str]) -> ConfigDict:
-    """The config of a strategy as `experiments.train` will read it.
-
-    Raises: ConfigError for a strategy, scale, field or value that is not there.
-    """
-    path = CONFIGS / f"{strategy}.py"
-    if not path.exists():
-        raise ConfigError("--strategies", strategy, f"no such file {path.name} in {CONFIGS}")
-    return load_config(f"{path}:{scale}", overrides)
-
-
-def config_file(strategy: str, scale: str) -> str:
-    path = CONFIGS / f"{strategy}.py"
-    return f"{path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}:{scale}"
 
 
 def check_all(planned: Sequence[Planned], workdir: Path) -> int:

@@ -24,9 +24,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments import grid, ledger
-from experiments.ablation import STRATEGIES, config_file, load_strategy, names
 from experiments.child import Interrupted, checked, run_child
 from experiments.flags import OVERRIDES, Parser, as_folder, make_folder
+from experiments.strategies import HELP, STRATEGIES, config_file, load_strategy, names, shape_flags
 from research.analysis import runs, tuning, tuning_report
 from research.config import ConfigError
 
@@ -98,7 +98,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     parser = Parser("tune", __doc__, OVERRIDES)
     parser.add_argument("--scale", default="cpu", help="of the configs: cpu (default) or published")
     parser.add_argument("--workdir", type=as_folder, required=True, help="each run gets a folder in it")
-    parser.add_argument("--strategies", type=names, default=list(STRATEGIES), help="names of configs/*.py")
+    parser.add_argument("--strategies", type=names, default=list(STRATEGIES), help=HELP)
     parser.add_argument("--field", default="optimizer.learning_rate", help="of the config, a number above 0")
     parser.add_argument("--limit", type=int, default=6, help="a strategy's values: none is added beyond; default 6")
     parser.add_modes()
@@ -154,7 +154,8 @@ def run_name(plan: Plan, strategy: str, value: float) -> str:
 def command(plan: Plan, strategy: str, value: float, train: Sequence[str]) -> list[str]:
     fields = SHORT | dict(plan.overrides) | {plan.field: repr(value)}
     workdir = plan.workdir / run_name(plan, strategy, value)
-    return [*train, f"--config={config_file(strategy, plan.scale)}", f"--workdir={workdir}", *_flags(fields)]
+    own = [f"--workdir={workdir}", *shape_flags(strategy)]
+    return [*train, f"--config={config_file(strategy, plan.scale)}", *own, *_flags(fields)]
 
 
 def values(plan: Plan, strategy: str) -> Iterator[float]:

@@ -37,6 +37,7 @@ def make_corpus(train: int = 1000, heldout_lengths=(300, 40, 200), protocol: str
 
 def make_config(rows: int = 4, length: int = 16, block: int = 0, seed: int = 42, **data):
     config = base.get_config("cpu")
+    config.train.tokens = None  # a test says its steps
     config.seed, config.data.split_seed = seed, seed
     config.batch_size, config.seq_len = rows, length
     config.data.update(shuffle_block=block, **data)

@@ -18,6 +18,7 @@ SMALL = dict(
 def small_config(**model):
     """The `cpu` config with a small model (SMALL, changed by `model`)."""
     config = base.get_config("cpu")
+    config.train.tokens = None  # a test says its steps
     config.model.update({**SMALL, **model})
     return config
 
