@@ -76,14 +76,7 @@ def main(argv: Sequence[str] | None = None, train: Sequence[str] = TRAIN, check:
         # In a child, so that this process holds no accelerator while the runs need it.
         if code := run_child([*check, *argv]):
             return code
-        make_folder(plan.workdir)
-        ledger.write(plan.workdir / STATE, state | plan.identity | {"limit": plan.limit})
-        for place, strategy in enumerate(plan.given, 1):
-            for number, value in enumerate(values(plan, strategy), 1):
-                where = f"{strategy} ({place} of {len(plan.given)}), value {number}, of {plan.limit} at most"
-                line = command(plan, strategy, value, train)
-                title = f"{where}: {plan.field}={value:g}"
-                ledger.ensure(plan.workdir / STATE, run_name(plan, strategy, value), line, title)
+        run_all(plan, state, train)
         return report_only(plan.workdir)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -91,6 +84,20 @@ def main(argv: Sequence[str] | None = None, train: Sequence[str] = TRAIN, check:
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         return stopped.code
+
+
+def run_all(plan: Plan, state: Mapping[str, Any], train: Sequence[str]) -> None:
+    """Makes the runs of every strategy's grid that are not there. state: what refuse_another gave.
+
+    Raises: ConfigError where the folder cannot be written, Interrupted when a signal stopped one.
+    """
+    make_folder(plan.workdir)
+    ledger.write(plan.workdir / STATE, state | plan.identity | {"limit": plan.limit})
+    for place, strategy in enumerate(plan.given, 1):
+        for number, value in enumerate(values(plan, strategy), 1):
+            where = f"{strategy} ({place} of {len(plan.given)}), value {number}, of {plan.limit} at most"
+            line, title = command(plan, strategy, value, train), f"{where}: {plan.field}={value:g}"
+            ledger.ensure(plan.workdir / STATE, run_name(plan, strategy, value), line, title)
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
@@ -203,21 +210,26 @@ def report_only(workdir: Path) -> int:
     """Makes the report from a study's folder, or from results.json and heldout_losses.npz of its report."""
     if (workdir / "results.json").exists():
         return _conclude(workdir)
-    state = ledger.read(workdir / STATE)
-    if "given" not in state:
-        raise ConfigError("--workdir", str(workdir), f"holds no tuning: neither {STATE} nor results.json")
-    try:
-        plan = Plan(workdir, *(state[field.name] for field in dataclasses.fields(Plan)[1:]))
-    except KeyError as error:
-        message = f"{STATE} is damaged (no {error}); remove it and give the study's command again: no run is lost"
-        raise ConfigError("--workdir", str(workdir), message) from None
+    plan, state = read_plan(workdir)
     grids = {s: {run_name(plan, s, value): value for value in values(plan, s)} for s in plan.given}
-    study = plan.identity | {"overrides": _public(plan.identity["overrides"]), "grids": grids}
+    study = plan.identity | {"overrides": public(plan.identity["overrides"]), "grids": grids}
     runs.gather(workdir, study, [run for grid in grids.values() for run in grid], state, workdir / "report")
     return _conclude(workdir / "report")
 
 
-def _public(overrides: Mapping[str, str]) -> dict[str, str]:
+def read_plan(workdir: Path) -> tuple[Plan, dict[str, Any]]:
+    """The study that a folder holds, and its ledger. Raises: ConfigError where it holds none, or it is damaged."""
+    state = ledger.read(workdir / STATE)
+    if "given" not in state:
+        raise ConfigError("--workdir", str(workdir), f"holds no tuning: neither {STATE} nor results.json")
+    try:
+        return Plan(workdir, *(state[field.name] for field in dataclasses.fields(Plan)[1:])), state
+    except KeyError as error:
+        message = f"{STATE} is damaged (no {error}); remove it and give the study's command again: no run is lost"
+        raise ConfigError("--workdir", str(workdir), message) from None
+
+
+def public(overrides: Mapping[str, str]) -> dict[str, str]:
     """Without folders, which say nothing to another machine."""
     kept = {name: value for name, value in overrides.items() if name != "data.cache_dir"}
     return {name: Path(value).name if Path(value).is_absolute() else value for name, value in kept.items()}

@@ -27,6 +27,13 @@ MERITS = {
 TOKENS, STEPS = 655_360, 80
 
 
+def shape_of(strategy: str) -> tuple[int, int]:
+    """(rows, tokens of a row) of a name in SHAPES, or such as 16x128; of another, some."""
+    rows, times, length = strategy.partition("x")
+    named = rows.isdecimal() and times and length.isdecimal()
+    return (int(rows), int(length)) if named else SHAPES.get(strategy, (8, 1024))
+
+
 def losses_at(key: Key, offset: float, gain: float, noise: float = 0.2, spread: float = 0.02) -> dict[int, np.ndarray]:
     """Context -> [targets] nats."""
     size = NUM_DOCUMENTS * A_DOCUMENT
@@ -57,7 +64,7 @@ def write_run(
 ) -> dict:
     """Writes the folder of a finished run on text and returns its result."""
     folder.mkdir(parents=True, exist_ok=True)
-    batch_size, seq_len = SHAPES.get(key.strategy, (8, 1024))
+    batch_size, seq_len = shape_of(key.strategy)
     losses = losses_at(key, offset, gain, noise, spread)
     finals = {c: float(loss.mean(dtype=np.float64)) for c, loss in losses.items()}
     scores = {str(c): _scores(loss, c, 5 * c // 4 > seq_len) for c, loss in finals.items()}

@@ -12,10 +12,18 @@ from research.analysis import bootstrap, statistics
 _SEED = 0  # of the resampling
 
 
-def pairs_of(finished: Mapping[str, Sequence[Mapping[str, Any]]], losses: Mapping[str, np.ndarray]) -> list[dict]:
-    """Loss of a minus that of b on the same targets, over the seeds that both have finished; Holm over the pairs."""
+def pairs_of(
+    finished: Mapping[str, Sequence[Mapping[str, Any]]],
+    losses: Mapping[str, np.ndarray],
+    chosen: Sequence[tuple[str, str]] | None = None,
+) -> list[dict]:
+    """Loss of a minus that of b on the same targets, over the seeds that both have finished; Holm over the pairs.
+
+    chosen: the pairs (a, b); every two if not given.
+    """
     pairs = []
-    for a, b in itertools.combinations([s for s, runs in finished.items() if runs], 2):
+    every = itertools.combinations([s for s, runs in finished.items() if runs], 2)
+    for a, b in every if chosen is None else chosen:
         by_seed = [{run["result"]["seed"]: run["name"] for run in finished[s]} for s in (a, b)]
         seeds = sorted(by_seed[0].keys() & by_seed[1].keys())
         if not seeds:

@@ -54,7 +54,7 @@ def gather(
     """
     runs, arrays, targets = [], {}, None
     for name in names:
-        run = _read_run(workdir / name, state)
+        run = read_run(workdir / name, state)
         runs.append(run)
         if run["status"] != FINISHED or run["result"]["protocol"] != "clean":
             continue  # a leaking run's targets are text that it has trained on
@@ -74,7 +74,8 @@ def gather(
     files.write_json(folder / "results.json", {"study": study, "runs": runs})
 
 
-def _read_run(folder: Path, state: Mapping[str, Any]) -> dict[str, Any]:
+def read_run(folder: Path, state: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry of results.json: how a run ended and what it found; `heldout`, the hash of its targets, where clean."""
     code, result = state["exit_codes"].get(folder.name, 0), read_result(folder)
     status = FINISHED if result else DIVERGED if code == DIVERGED_CODE else f"failed: exit code {code}"
     run = {

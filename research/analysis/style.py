@@ -60,6 +60,16 @@ def styles_of(strategies: Sequence[str]) -> dict[str, dict[str, Any]]:
     return styles
 
 
+def by_length(lengths: Sequence[int]) -> dict[int, dict[str, Any]]:
+    """The same for lengths of rows, rising: the first three as the strategies that have such rows."""
+    order = [2, 0, 1, *range(3, len(_STYLES))]
+    looks = (_STYLES[order[number % len(order)]] for number in range(len(lengths)))
+    return {
+        length: {"color": color, "marker": marker, "linestyle": line}
+        for length, (color, marker, line) in zip(sorted(lengths), looks, strict=True)
+    }
+
+
 def covered(curves: Mapping[str, Sequence[float]]) -> str:
     """What a note says of curves that one drawn later covers: those within 5 % of it everywhere. Empty: of none."""
     *below, (top, values) = curves.items()

@@ -1,0 +1,164 @@
+"""What the tokens of a step are worth, by the rows that they are cut into: shapes at equal tokens, and at equal steps.
+
+A shape is B rows of T tokens. From one to a larger one leads more rows, or longer ones; shapes of equally many tokens
+per step differ in how they are cut. Every shape has the learning rate that it did best at, by a seed of its own.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from research import files
+from research.analysis import shapes_report
+from research.analysis.bootstrap import bootstrap_statistic
+from research.analysis.context import interval
+from research.analysis.pairs import pairs_of, rounded
+from research.analysis.runs import FINISHED, load, shared_context
+
+BUDGETS = ("tokens", "steps")  # that shapes are compared at
+_SEED = 0  # of the resampling
+
+Losses = Mapping[str, np.ndarray]
+Finished = Mapping[str, Sequence[Mapping[str, Any]]]  # shape -> runs
+
+
+def sizes(shape: str) -> tuple[int, int]:
+    """(rows, tokens of a row) of a name such as 64x128."""
+    rows, _, length = shape.partition("x")
+    return int(rows), int(length)
+
+
+def write(folder: Path) -> dict[str, Any]:
+    """Makes the analysis, figure, report.md and report.html of the two data files in `folder`; returns results.json.
+
+    Raises: ConfigError where a data file is missing or damaged.
+    """
+    results, losses = load(folder, "study of shapes", "compared")
+    results["analysis"] = analyse(results["study"], results["runs"], losses)
+    files.write_json(folder / "results.json", results)
+    shapes_report.write(results, folder)
+    return results
+
+
+def analyse(study: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], losses: Losses) -> dict[str, Any]:
+    """Each shape's losses and costs, and the differences that answer something.
+
+    study: `shapes`, `grids` (budget -> shape -> what was tried, tuning.grid; the largest steps are under `tokens`
+    alone), `compared` (run -> shape, budget, seed), `shortest`. losses: `<run>/loss` [n] nats at the shared context,
+    `document` [n].
+    """
+    done = [run for run in runs if run["status"] == FINISHED]
+    at = {budget: finished_at(study, done, budget) for budget in BUDGETS}
+    context = shared_context(done[0]["result"]["eval"]["contexts"], study["shortest"]) if done else None
+    pairs = [pair for budget in BUDGETS for pair in _pairs(budget, at[budget], losses)]
+    return {
+        "context": context,
+        "targets": len(losses.get("document", ())),
+        "documents": len(np.unique(losses.get("document", ()))),
+        "shapes": [_describe(shape, study, at, losses) for shape in study["shapes"]],
+        "pairs": pairs,
+        "choices": [choice for budget in BUDGETS for choice in _choices(budget, pairs)],
+        "unfinished": [run["name"] for run in runs if run["status"] != FINISHED],
+        "seconds": round(sum(run["seconds"] or 0 for run in runs), 1),
+    }
+
+
+def finished_at(study: Mapping[str, Any], done: Sequence[Mapping[str, Any]], budget: str) -> Finished:
+    """The finished runs of each shape at a budget. The largest steps make equal tokens and equal steps of the same."""
+    largest = max(rows * length for rows, length in map(sizes, study["shapes"]))
+    found: dict[str, list] = {shape: [] for shape in study["shapes"]}
+    for run in done:
+        about = study["compared"][run["name"]]
+        rows, length = sizes(about["shape"])
+        if about["budget"] == budget or rows * length == largest:
+            found[about["shape"]].append(run)
+    return found
+
+
+def _describe(shape: str, study: Mapping[str, Any], at: Mapping[str, Finished], losses: Losses) -> dict[str, Any]:
+    rows, length = sizes(shape)
+    results = [run["result"] for run in at["tokens"][shape]]
+    grids = {budget: study["grids"][budget].get(shape, study["grids"]["tokens"][shape]) for budget in BUDGETS}
+    found = {"shape": shape, "batch_size": rows, "seq_len": length, "tokens_per_step": rows * length}
+    found |= {"rates": {budget: {name: grid[name] for name in ("best", "inside")} for budget, grid in grids.items()}}
+    found |= {"at": {budget: _losses(at[budget][shape], losses) for budget in BUDGETS}}
+    quiet = min((r["step_seconds"]["median"] for r in results), default=None)
+    return found | {
+        "step_seconds": rounded(quiet),
+        "flops_per_token": results[0]["flops_per_token"] if results else None,
+        "memory_bytes": results[0]["memory_bytes"]["compiled_step"] if results else None,
+    }
+
+
+def _losses(runs: Sequence[Mapping[str, Any]], losses: Losses) -> dict[str, Any] | None:
+    """The mean over seeds at the shared context, with its interval, and at the longest context of its rows."""
+    if not runs:
+        return None
+    first = runs[0]["result"]
+    each = np.stack([losses[f"{run['name']}/loss"] for run in runs]).astype(np.float64)
+    found = interval(bootstrap_statistic({"x": each}, losses["document"], lambda means: means["x"], _SEED))
+    scored = first["eval"]["contexts"]
+    reach = max((c for c in scored if not scored[c]["beyond"]), key=int)
+    own = [run["result"]["eval"]["contexts"][reach]["loss"] for run in runs]
+    return found | {
+        "sd": _sd(each.mean(axis=1)),
+        "seeds": [run["result"]["seed"] for run in runs],
+        "by_seed": [rounded(loss) for loss in each.mean(axis=1)],
+        "steps": first["steps"],
+        "tokens": first["tokens"],
+        "reach": {"context": int(reach), "mean": rounded(np.mean(own)), "sd": _sd(own)},
+    }
+
+
+def _sd(values: Sequence[float]) -> float | None:
+    return rounded(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def _pairs(budget: str, finished: Finished, losses: Losses) -> list[dict[str, Any]]:
+    """`rows`: as long rows, more of them; `length`: as many rows, longer; `cut`: as many tokens per step, shorter rows.
+
+    Each is loss of `a`, which has the more or shorter or longer rows, minus that of `b`, its neighbour; p values are
+    corrected (Holm) over those of one kind and budget.
+    """
+    there = [shape for shape, runs in finished.items() if runs]
+    entries = []
+    for kind, neighbours in (("rows", more_rows(there)), ("length", longer(there)), ("cut", cuts(there))):
+        entries += [{"budget": budget, "kind": kind} | pair for pair in pairs_of(finished, losses, neighbours)]
+    return entries
+
+
+def more_rows(shapes: Sequence[str]) -> list[tuple[str, str]]:
+    """(more rows, fewer) of one length, neighbours."""
+    return _neighbours(shapes, alike=lambda rows, length: length, by=lambda rows, length: rows)
+
+
+def longer(shapes: Sequence[str]) -> list[tuple[str, str]]:
+    """(longer rows, shorter), as many of them, neighbours."""
+    return _neighbours(shapes, alike=lambda rows, length: rows, by=lambda rows, length: length)
+
+
+def cuts(shapes: Sequence[str]) -> list[tuple[str, str]]:
+    """(more and shorter rows, fewer and longer) of as many tokens per step, neighbours."""
+    return _neighbours(shapes, alike=lambda rows, length: rows * length, by=lambda rows, length: rows)
+
+
+def _neighbours(shapes: Sequence[str], alike: Any, by: Any) -> list[tuple[str, str]]:
+    rising = sorted(shapes, key=lambda shape: (alike(*sizes(shape)), by(*sizes(shape))))
+    return [(b, a) for a, b in itertools.pairwise(rising) if alike(*sizes(a)) == alike(*sizes(b))]
+
+
+def _choices(budget: str, pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """From a shape to as many times more tokens per step, in rows or in length: both changes, and rows minus length."""
+    of = {(pair["kind"], pair["a"], pair["b"]): pair for pair in pairs if pair["budget"] == budget}
+    found = []
+    for kind, a, b in of:
+        for other in (x for k, x, y in of if kind == "rows" and k == "length" and y == b):
+            if ("cut", a, other) in of:
+                times = sizes(a)[0] / sizes(b)[0]
+                about = {"budget": budget, "from": b, "times": times, "more_rows": a, "longer": other}
+                parts = {"rows": of["rows", a, b], "length": of["length", other, b], "cut": of["cut", a, other]}
+                found.append(about | parts)
+    return found
