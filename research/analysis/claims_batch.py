@@ -42,15 +42,15 @@ def _ratio(found: Mapping[str, float]) -> str:
 
 def progress(analysis: Analysis) -> Judged:
     return UNTESTED, _not_varied(analysis) + (
-        " Runs at B, 2 B and 4 B rows of one length, each at its best learning rate, compared at equal steps and at "
-        "equal tokens, would tell."
+        " experiments.shapes would tell: more rows of one length, each number of them at its best learning rate, after "
+        "as many steps and as many tokens."
     )
 
 
 def explores(analysis: Analysis) -> Judged:
     return UNTESTED, _not_varied(analysis) + (
-        " Where runs of unlike B end, at equal loss or equal tokens and each at its best learning rate, would tell "
-        "whether noise leads to better minima."
+        " experiments.shapes would tell: where fewer rows of one length end after as many steps, each number of them "
+        "at its best learning rate."
     )
 
 
@@ -60,7 +60,7 @@ def _not_varied(analysis: Analysis) -> str:
         a, b = pairs[0]
         return (
             f"{a['strategy']} and {b['strategy']} have rows of one length, {a['seq_len']:,} tokens, and "
-            f"{a['batch_size']} and {b['batch_size']} of them; no rule judges that pair."
+            f"{a['batch_size']} and {b['batch_size']} of them, at one learning rate or another."
         )
     sizes = {arm["tokens_per_step"] for arm in found}
     if len(sizes) == 1 and len({arm["seq_len"] for arm in found}) > 1:

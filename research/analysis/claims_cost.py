@@ -14,7 +14,9 @@ def memory_of_batch(analysis: Analysis) -> Judged:
     """Two strategies with rows of one length: the factor of memory a doubling of the rows."""
     same, measure = evidence.rows_alone(analysis), _measure(analysis)
     if not same:
-        return UNTESTED, _batch_not_varied(analysis) + " Compiling the step at B and 2 B rows of one length would tell."
+        return UNTESTED, _batch_not_varied(
+            analysis
+        ) + " experiments.shapes would tell: steps of more rows of one length."
     if measure is None:
         return UNTESTED, "No measure of memory is known of every strategy: that of the compiled step would tell."
     few, many = sorted(same[0], key=lambda arm: arm["batch_size"])
