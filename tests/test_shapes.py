@@ -340,6 +340,22 @@ def test_dry_run_says_what_is_known_beforehand(tmp_path, capsys):
     assert calls(tmp_path) == []
 
 
+def test_every_shape_is_checked_and_runs_of_another_config_are_refused(tmp_path, capsys):
+    """By the real check, in this process: each shape's config, at equal tokens and at equal steps."""
+    text = Path(script.__file__).parents[1] / "tests"
+    small = ["--config.eval.num_targets=480", "--config.eval.own_targets=2048", f"--config.data.cache_dir={tmp_path}"]
+    small += ["--config.data.source=text", f"--config.data.path={text}", "--config.model.vocab_size=512", *GRID]
+    small += [f"--workdir={tmp_path / 'x'}", "--check_only"]
+    assert script.main(small) == 0
+    assert script.main([*small, "--config.train.accumulation=4"]) == 2  # more than the rows of 2x512
+    assert capsys.readouterr().err.count("\n") == 1
+    folder = tmp_path / "x" / "tune_steps" / "2x512-learning_rate-0.04-seed42"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"seed": 1}))
+    assert script.main(small) == 2
+    assert "seed" in capsys.readouterr().err
+
+
 def test_report_only_wants_a_study(tmp_path, capsys):
     assert script.main([f"--workdir={tmp_path}", "--report_only"]) == 2
     assert "holds no study of shapes" in capsys.readouterr().err
