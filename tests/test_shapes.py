@@ -340,6 +340,12 @@ def test_dry_run_says_what_is_known_beforehand(tmp_path, capsys):
     assert calls(tmp_path) == []
 
 
+def test_a_schedule_that_is_given_is_kept(tmp_path, capsys):
+    assert study(tmp_path, "--dry_run", "--config.optimizer.schedule=constant") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("train ")]
+    assert all("--config.optimizer.schedule=constant" in line and "cosine" not in line for line in lines)
+
+
 def test_every_shape_is_checked_and_runs_of_another_config_are_refused(tmp_path, capsys):
     """By the real check, in this process: each shape's config, at equal tokens and at equal steps."""
     text = Path(script.__file__).parents[1] / "tests"
