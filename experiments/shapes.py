@@ -1,7 +1,7 @@
 """How many tokens should a step hold, and in which shape? Few rows and many, short and long, at equal tokens and steps.
 
     python -m experiments.shapes --workdir=runs/shapes
-    python -m experiments.shapes --workdir=runs/shapes --lengths=256,1024 --tokens_per_step=4096,8192,16384
+    python -m experiments.shapes --workdir=runs/shapes --lengths=256,1024 --tokens_per_step=4096,16384
     python -m experiments.shapes --report_only --workdir=runs/shapes
 
 A shape is B rows of T tokens: every length with every number of tokens per step. Shapes are compared after as many
@@ -15,63 +15,38 @@ failed, or 1.
 """
 
 import argparse
-import itertools
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from experiments import grid, ledger, tune
+from experiments import ledger, tune
 from experiments.child import Interrupted, checked, run_child
 from experiments.flags import OVERRIDES, Parser, as_folder, make_folder
-from experiments.strategies import config_file, load_strategy, names, shape_flags
-from research.analysis import runs, shapes, shapes_report
+from experiments.shapes_plan import (
+    Plan,
+    Run,
+    best_rate,
+    command,
+    describe,
+    flags_of,
+    identity,
+    make_plan,
+    planned,
+    tokens_per_step,
+)
+from experiments.strategies import load_strategy
+from research.analysis import runs, shapes, shapes_findings
 from research.analysis.tables import duration
-from research.analysis.tuning import grid as tried
+from research.analysis.tuning import grid as tuning_grid
 from research.config import ConfigError
 
 TRAIN = (sys.executable, "-m", "experiments.train")
 CHECK = (sys.executable, "-m", "experiments.shapes", "--check_only")
 STATE = "shapes.json"  # what the study is, and how each of its comparing runs ended
 LENGTHS, TOKENS_PER_STEP, SEEDS = "128,512,2048", "2048,8192,32768", "43,44,45"
-FIELDS = {"optimizer.schedule": "cosine"}  # of all runs, unless they are given
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A study as its arguments describe it. `tunes`: budget -> how learning rates are found; `tokens`: of a run.
-
-    `largest`: tokens per step. The largest steps make equal tokens and equal steps of the same runs.
-    """
-
-    workdir: Path
-    tunes: Mapping[str, tune.Plan]
-    seeds: tuple[int, ...]
-    tokens: int
-    largest: int
-
-    @property
-    def steps(self) -> int:
-        return self.tokens // self.largest
-
-    @property
-    def shapes(self) -> list[str]:
-        return list(self.tunes["tokens"].given)
-
-
-@dataclass(frozen=True)
-class Run:
-    """One that compares: at equal `tokens` or at equal `steps` (shapes.BUDGETS)."""
-
-    shape: str
-    budget: str
-    seed: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.shape}-{self.budget}-seed{self.seed}"
+DEFAULTS = {"optimizer.schedule": "cosine"}  # of all runs, unless they are given
 
 
 def main(argv: Sequence[str] | None = None, train: Sequence[str] = TRAIN, check: Sequence[str] = CHECK) -> int:
@@ -81,7 +56,7 @@ def main(argv: Sequence[str] | None = None, train: Sequence[str] = TRAIN, check:
         arguments, given = parse(argv)
         if arguments.report_only:
             return report_only(arguments.workdir)
-        plan = make_plan(arguments, FIELDS | given)
+        plan = make_plan(arguments, DEFAULTS | given)
         if arguments.dry_run:
             print("\n".join(describe(plan, train)))
             return 0
@@ -92,9 +67,7 @@ def main(argv: Sequence[str] | None = None, train: Sequence[str] = TRAIN, check:
         # In a child, so that this process holds no accelerator while the runs need it.
         if code := run_child([*check, *argv]):
             return code
-        make_folder(plan.workdir)
-        known = [*state.get("seeds", ()), *plan.seeds]
-        ledger.write(plan.workdir / STATE, state | identity(plan) | {"seeds": list(dict.fromkeys(known))})
+        begin(plan, state, tuned)
         for budget, tuning in plan.tunes.items():
             print(f"learning rates at equal {budget}", flush=True)
             tune.run_all(tuning, tuned[budget], train)
@@ -121,52 +94,6 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     return parser.parse_overrides(argv)
 
 
-def make_plan(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> Plan:
-    """Raises: ConfigError for whatever is wrong with an argument."""
-    lengths, sizes, seeds = (_numbers(arguments, name) for name in ("lengths", "tokens_per_step", "seeds"))
-    for size, length in itertools.product(sizes, lengths):
-        if not length or size % length or not size:
-            raise ConfigError("--tokens_per_step", size, f"is no whole number of rows of {length} tokens")
-    if len(sizes) < 2:
-        raise ConfigError("--tokens_per_step", arguments.tokens_per_step, "name at least two: they are compared")
-    given = [f"{size // length}x{length}" for length, size in itertools.product(lengths, sizes)]
-    everyone = _tune(arguments, "tokens", given, overrides)
-    config = load_strategy(given[0], arguments.scale, [f"--config.{k}={v}" for k, v in overrides.items()])
-    if config.train.steps is not None:
-        message = "shapes have steps of unlike size: give config.train.tokens"
-        raise ConfigError("config.train.steps", config.train.steps, message)
-    if config.train.tokens % max(sizes):
-        message = f"is no whole number of the largest steps: give a multiple of {max(sizes)}"
-        raise ConfigError("config.train.tokens", config.train.tokens, message)
-    if not seeds or config.seed in seeds:
-        message = f"give seeds other than {config.seed} (config.seed), which chooses the learning rates"
-        raise ConfigError("--seeds", arguments.seeds, message)
-    smaller = [shape for shape in given if _tokens_per_step(shape) < max(sizes)]
-    alike = {name: value for name, value in overrides.items() if name != "train.tokens"}
-    steps = {"train.steps": str(config.train.tokens // max(sizes))}
-    tunes = {"tokens": everyone, "steps": _tune(arguments, "steps", smaller, alike | steps)}
-    return Plan(arguments.workdir, tunes, tuple(seeds), config.train.tokens, max(sizes))
-
-
-def _tune(arguments: argparse.Namespace, budget: str, given: list[str], overrides: Mapping[str, str]) -> tune.Plan:
-    about = dict(scale=arguments.scale, strategies=given, field="optimizer.learning_rate", limit=arguments.limit)
-    return tune.make_plan(argparse.Namespace(workdir=arguments.workdir / f"tune_{budget}", **about), overrides)
-
-
-def _numbers(arguments: argparse.Namespace, name: str) -> list[int]:
-    """Rising, each once."""
-    text = getattr(arguments, name)
-    if not all(part.isascii() and part.isdecimal() for part in names(text)) or not names(text):
-        raise ConfigError(f"--{name}", text, "give whole numbers, divided by commas")
-    return sorted({int(part) for part in names(text)})
-
-
-def identity(plan: Plan) -> dict[str, Any]:
-    """What a folder holds one of; seeds may be added."""
-    about = {"shapes": plan.shapes, "tokens": plan.tokens}
-    return about | {"overrides": dict(sorted(plan.tunes["tokens"].overrides.items()))}
-
-
 def refuse_another(plan: Plan) -> dict[str, Any]:
     """The folder's state. Raises: ConfigError where it holds a study of other runs."""
     state = ledger.read(plan.workdir / STATE)
@@ -175,68 +102,32 @@ def refuse_another(plan: Plan) -> dict[str, Any]:
     return state
 
 
-def compared(plan: Plan) -> list[Run]:
-    """The runs that compare, seed by seed."""
-    return [
-        Run(shape, budget, seed)
-        for seed, (budget, tuning) in itertools.product(plan.seeds, plan.tunes.items())
-        for shape in tuning.given
-    ]
-
-
-def _tokens_per_step(shape: str) -> int:
-    rows, length = shapes.sizes(shape)
-    return rows * length
-
-
-def command(plan: Plan, run: Run, rate: float, train: Sequence[str]) -> list[str]:
-    return [*train, f"--config={config_file(run.shape, plan.tunes[run.budget].scale)}",
-            f"--workdir={plan.workdir / run.name}", *shape_flags(run.shape), *_flags(plan, run, rate)]  # fmt: skip
-
-
-def _flags(plan: Plan, run: Run, rate: float) -> list[str]:
-    """The overrides of a run, but those that are its shape."""
-    tuning = plan.tunes[run.budget]
-    fields = tune.SHORT | dict(tuning.overrides) | {"seed": str(run.seed), tuning.field: repr(rate)}
-    return [f"--config.{name}={value}" for name, value in fields.items()]
-
-
-def best_rate(plan: Plan, run: Run) -> float | None:
-    """Of the runs of the tuning that are there; None where none has a loss."""
-    tuning = plan.tunes[run.budget]
-    middle = tuning.given[run.shape]
-    return runs.lowest(grid.known(lambda value: tune.loss(tuning, run.shape, value), middle), middle)
+def begin(plan: Plan, state: Mapping[str, Any], tuned: Mapping[str, Mapping[str, Any]]) -> None:
+    """Keeps what the study is, so that it can be reported on from its first run on."""
+    make_folder(plan.workdir)
+    seeds = list(dict.fromkeys([*state.get("seeds", ()), *plan.seeds]))
+    ledger.write(plan.workdir / STATE, state | identity(plan) | {"seeds": seeds})
+    for budget, tuning in plan.tunes.items():
+        tune.begin(tuning, tuned[budget])
 
 
 def compare(plan: Plan, train: Sequence[str]) -> None:
     """Makes the runs that are not there. Raises: Interrupted when a signal stopped one."""
-    planned = compared(plan)
-    for number, run in enumerate(planned, 1):
-        rate = best_rate(plan, run)
-        if rate is None:
-            print(f"{run.name}: no learning rate of {run.shape} has a loss; not run", file=sys.stderr, flush=True)
-            continue
-        title = f"{run.name} ({number} of {len(planned)}{_left(plan, planned[number - 1 :])}): learning rate {rate:g}"
-        ledger.ensure(plan.workdir / STATE, run.name, command(plan, run, rate, train), title)
+    todo = planned(plan)
+    for number, run in enumerate(todo, 1):
+        title = f"{run.name} ({number} of {len(todo)}{_left(plan, todo[number - 1 :])})"
+        ledger.ensure(plan.workdir / STATE, run.name, command(plan, run, train), title)
 
 
-def _left(plan: Plan, planned: Sequence[Run]) -> str:
-    """Time that runs will take, by those of the tuning."""
+def _left(plan: Plan, todo: Sequence[Run]) -> str:
+    """Time that runs which are not there will take: as long as that of the same shape and rate in the tuning."""
     seconds = 0.0
-    for run in planned:
-        took = ledger.read(plan.tunes[run.budget].workdir / tune.STATE)["seconds"]
-        seconds += min((value for name, value in took.items() if name.startswith(f"{run.shape}-")), default=0.0)
+    for run in todo:
+        tuning = plan.tunes[run.budget]
+        took = ledger.read(tuning.workdir / tune.STATE)["seconds"]
+        if not (plan.workdir / run.name / "result.json").exists():
+            seconds += took.get(tune.run_name(tuning, run.shape, run.rate), 0.0)
     return f", about {duration(seconds)} left" if seconds else ""
-
-
-def describe(plan: Plan, train: Sequence[str]) -> list[str]:
-    """The commands that are known beforehand."""
-    lines = []
-    for budget, tuning in plan.tunes.items():
-        known = [(shape, value) for shape, middle in tuning.given.items() for value in grid.first(middle)]
-        lines += [f"# learning rates at equal {budget}", *(shlex.join(tune.command(tuning, *k, train)) for k in known)]
-        lines += [f"# and outwards while the best lies on the edge, to {tuning.limit} values of a shape at most"]
-    return lines + [f"# {len(compared(plan))} runs: each shape at its best, seeds {','.join(map(str, plan.seeds))}"]
 
 
 def check_all(plan: Plan) -> int:
@@ -245,10 +136,10 @@ def check_all(plan: Plan) -> int:
         tune.check_all(tuning)
     from research import checkpoint, planner, train  # in this child alone JAX starts
 
-    for run in compared(plan):
-        folder, rate = plan.workdir / run.name, best_rate(plan, run)
-        if rate is not None and (folder / "config.json").exists():
-            loaded = load_strategy(run.shape, plan.tunes[run.budget].scale, _flags(plan, run, rate))
+    for run in planned(plan):
+        folder = plan.workdir / run.name
+        if (folder / "config.json").exists():
+            loaded = load_strategy(run.shape, plan.tunes[run.budget].scale, flags_of(plan, run))
             config = planner.planned(loaded, str(folder))
             checkpoint.refuse_another(folder, config.to_dict(), train.prepare(config)[0].fingerprint)
     return 0
@@ -258,33 +149,46 @@ def report_only(workdir: Path) -> int:
     """Makes the report from a study's folder, or from results.json and heldout_losses.npz of its report."""
     if (workdir / "results.json").exists():
         return _conclude(workdir)
-    state = ledger.read(workdir / STATE)
-    if "seeds" not in state:
-        raise ConfigError("--workdir", str(workdir), f"holds no study of shapes: neither {STATE} nor results.json")
-    read = {budget: tune.read_plan(workdir / f"tune_{budget}") for budget in shapes.BUDGETS}
-    tunes = {budget: tuning for budget, (tuning, _) in read.items()}
-    largest = max(map(_tokens_per_step, state["shapes"]))
-    plan = Plan(workdir, tunes, tuple(state["seeds"]), state["tokens"], largest)
-    planned, tuned = {run.name: vars(run) for run in compared(plan)}, tunes["tokens"]
+    plan, state = read_plan(workdir)
+    tuned, states = plan.tunes["tokens"], {b: ledger.read(t.workdir / tune.STATE) for b, t in plan.tunes.items()}
     study = {name: getattr(tuned, name) for name in ("scale", "seed", "shortest", "field")}
     study |= {"tokens": plan.tokens, "steps": plan.steps, "overrides": tune.public(tuned.overrides)}
-    grids = {budget: {shape: _grid(*read[budget], shape) for shape in tunes[budget].given} for budget in tunes}
-    study |= {"shapes": plan.shapes, "compared": planned, "grids": grids}
-    runs.gather(workdir, study, list(planned), state, workdir / "report")
+    study |= {"shapes": state["shapes"], "compared": {run.name: asdict(run) for run in planned(plan)}}
+    study |= {"failed": {f"tune_{b}/{name}": c for b, t in plan.tunes.items() for name, c in tune.failed(t).items()}}
+    study["grids"] = {b: {s: _tried(tuning, states[b], s) for s in tuning.given} for b, tuning in plan.tunes.items()}
+    runs.gather(workdir, study, list(study["compared"]), state, workdir / "report")
     return _conclude(workdir / "report")
 
 
-def _grid(tuning: tune.Plan, state: Mapping[str, Any], shape: str) -> dict[str, Any]:
-    """What was tried of a shape, the best of it, and whether a higher loss lies on both sides."""
+def read_plan(workdir: Path) -> tuple[Plan, dict[str, Any]]:
+    """The study that a folder holds, and its ledger. Raises: ConfigError where it holds none, or it is damaged."""
+    state = ledger.read(workdir / STATE)
+    if "seeds" not in state:
+        raise ConfigError("--workdir", str(workdir), f"holds no study of shapes: neither {STATE} nor results.json")
+    tunes = {budget: tune.read_plan(workdir / f"tune_{budget}")[0] for budget in shapes.BUDGETS}
+    try:
+        largest = max(map(tokens_per_step, state["shapes"]))
+        return Plan(workdir, tunes, tuple(state["seeds"]), int(state["tokens"]), largest), state
+    except (KeyError, TypeError, ValueError) as error:
+        message = f"{STATE} is damaged ({error!r}); remove it and give the study's command again: no run is lost"
+        raise ConfigError("--workdir", str(workdir), message) from None
+
+
+def _tried(tuning: tune.Plan, state: Mapping[str, Any], shape: str) -> dict[str, Any]:
+    """What was tried of a shape, the best of it, and whether a higher loss lies on both sides (tuning.grid)."""
     values, middle = {tune.run_name(tuning, shape, v): v for v in tune.values(tuning, shape)}, tuning.given[shape]
     read = {name: runs.read_run(tuning.workdir / name, state) for name in values}
-    return tried(values, read, tuning.shortest, middle) | {"given": middle}
+    found = tuning_grid(values, read, tuning.shortest, middle) | {"given": middle}
+    return found | {"best": best_rate(tuning, shape)}
 
 
 def _conclude(folder: Path) -> int:
     results = shapes.write(folder)
-    print("\n" + "\n".join(f"- {said}" for said in shapes_report.findings(results)))
-    return ledger.conclude(results["runs"], folder)
+    print("\n" + "\n".join(f"- {said}" for said in shapes_findings.findings(results)))
+    code = ledger.conclude(results["runs"], folder)
+    for name, failed in results["study"]["failed"].items():
+        print(f"{name} failed: exit code {failed}", file=sys.stderr)
+    return next(iter(results["study"]["failed"].values()), code)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ STRATEGIES = ("large_batch", "balanced", "long_seq")
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 HELP = "names of configs/*.py, or shapes such as 64x128, rows x tokens"
 _SHAPE = re.compile(r"([1-9][0-9]*)x([1-9][0-9]*)")
-_FIELDS = ("batch_size", "seq_len")
+_FIELDS = ("strategy", "batch_size", "seq_len")
 
 
 def names(text: str) -> list[str]:
@@ -51,8 +51,8 @@ def shape_flags(strategy: str) -> list[str]:
     found = _SHAPE.fullmatch(strategy)
     if not found:
         return []
-    fields = {"strategy": strategy} | dict(zip(_FIELDS, found.groups(), strict=True))
-    return [f"--config.{field}={value}" for field, value in fields.items()]
+    values = (strategy, *found.groups())
+    return [f"--config.{field}={value}" for field, value in zip(_FIELDS, values, strict=True)]
 
 
 def _path(strategy: str) -> Path:

@@ -64,7 +64,8 @@ def main(argv: Sequence[str] | None = None, train: Sequence[str] = TRAIN, check:
         arguments, given = parse(argv)
         if arguments.report_only:
             return report_only(arguments.workdir)
-        plan = make_plan(arguments, given)
+        about = (getattr(arguments, name) for name in ("workdir", "scale", "strategies", "field", "limit"))
+        plan = make_plan(*about, given)
         if arguments.dry_run:
             for strategy, middle in plan.given.items():
                 print("\n".join(shlex.join(command(plan, strategy, value, train)) for value in grid.first(middle)))
@@ -91,13 +92,25 @@ def run_all(plan: Plan, state: Mapping[str, Any], train: Sequence[str]) -> None:
 
     Raises: ConfigError where the folder cannot be written, Interrupted when a signal stopped one.
     """
-    make_folder(plan.workdir)
-    ledger.write(plan.workdir / STATE, state | plan.identity | {"limit": plan.limit})
+    begin(plan, state)
     for place, strategy in enumerate(plan.given, 1):
         for number, value in enumerate(values(plan, strategy), 1):
             where = f"{strategy} ({place} of {len(plan.given)}), value {number}, of {plan.limit} at most"
             line, title = command(plan, strategy, value, train), f"{where}: {plan.field}={value:g}"
             ledger.ensure(plan.workdir / STATE, run_name(plan, strategy, value), line, title)
+
+
+def begin(plan: Plan, state: Mapping[str, Any]) -> None:
+    """Keeps what the study is, for the commands that go on with it. Raises: ConfigError where it cannot be written."""
+    make_folder(plan.workdir)
+    ledger.write(plan.workdir / STATE, state | plan.identity | {"limit": plan.limit})
+
+
+def failed(plan: Plan) -> dict[str, int]:
+    """Exit codes of the runs that ended otherwise than finished or diverged."""
+    codes = ledger.read(plan.workdir / STATE)["exit_codes"]
+    names = [run_name(plan, strategy, value) for strategy in plan.given for value in values(plan, strategy)]
+    return {name: codes[name] for name in names if codes.get(name, 0) not in (0, runs.DIVERGED_CODE)}
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
@@ -112,14 +125,16 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     return parser.parse_overrides(argv)
 
 
-def make_plan(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> Plan:
+def make_plan(
+    workdir: Path, scale: str, strategies: Sequence[str], field: str, limit: int, overrides: Mapping[str, str]
+) -> Plan:
     """Raises: ConfigError for whatever is wrong with an argument."""
-    if not arguments.strategies:
+    if not strategies:
         raise ConfigError("--strategies", "", "name at least one")
-    if arguments.limit < 3:
-        raise ConfigError("--limit", arguments.limit, "a grid begins with three values")
+    if limit < 3:
+        raise ConfigError("--limit", limit, "a grid begins with three values")
     flags = _flags(overrides)
-    configs = {name: load_strategy(name, arguments.scale, flags) for name in arguments.strategies}
+    configs = {name: load_strategy(name, scale, flags) for name in strategies}
     first = next(iter(configs.values()))
     if first.data.source == "recall":
         raise ConfigError("config.data.source", "recall", "has no losses on text to choose by; give another --scale")
@@ -133,9 +148,8 @@ def make_plan(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> Pl
     if first.data.shuffle_block:
         message = "every run draws its rows independently; leave it out"
         raise ConfigError("config.data.shuffle_block", first.data.shuffle_block, message)
-    given = {name: _value(config, arguments.field) for name, config in configs.items()}
-    about = arguments.workdir, arguments.scale, arguments.field, arguments.limit
-    return Plan(*about, dict(overrides), given, first.seed, shortest)
+    given = {name: _value(config, field) for name, config in configs.items()}
+    return Plan(workdir, scale, field, limit, dict(overrides), given, first.seed, shortest)
 
 
 def _value(config: ConfigDict, field: str) -> float:

@@ -5,6 +5,7 @@ per step differ in how they are cut. Every shape has the learning rate that it d
 """
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from research import files
 from research.analysis import shapes_report
 from research.analysis.bootstrap import bootstrap_statistic
 from research.analysis.context import interval
-from research.analysis.pairs import pairs_of, rounded
+from research.analysis.pairs import corrected, pair_of, pairs_of, rounded
 from research.analysis.runs import FINISHED, load, shared_context
 
 BUDGETS = ("tokens", "steps")  # that shapes are compared at
@@ -47,21 +48,20 @@ def analyse(study: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], losses:
     """Each shape's losses and costs, and the differences that answer something.
 
     study: `shapes`, `grids` (budget -> shape -> what was tried, tuning.grid; the largest steps are under `tokens`
-    alone), `compared` (run -> shape, budget, seed), `shortest`. losses: `<run>/loss` [n] nats at the shared context,
-    `document` [n].
+    alone), `compared` (run -> shape, budget, seed, rate), `shortest`. losses: `<run>/loss` [n] nats at the shared
+    context, `document` [n].
     """
     done = [run for run in runs if run["status"] == FINISHED]
     at = {budget: finished_at(study, done, budget) for budget in BUDGETS}
-    context = shared_context(done[0]["result"]["eval"]["contexts"], study["shortest"]) if done else None
-    pairs = [pair for budget in BUDGETS for pair in _pairs(budget, at[budget], losses)]
     return {
-        "context": context,
+        "context": shared_context(done[0]["result"]["eval"]["contexts"], study["shortest"]) if done else None,
         "targets": len(losses.get("document", ())),
         "documents": len(np.unique(losses.get("document", ()))),
         "shapes": [_describe(shape, study, at, losses) for shape in study["shapes"]],
-        "pairs": pairs,
-        "choices": [choice for budget in BUDGETS for choice in _choices(budget, pairs)],
-        "unfinished": [run["name"] for run in runs if run["status"] != FINISHED],
+        "lowest": {budget: _lowest(at[budget], losses) for budget in BUDGETS},
+        "pairs": [pair for budget in BUDGETS for pair in _pairs(budget, at, losses)],
+        "choices": [choice for budget in BUDGETS for choice in _choices(budget, at[budget], losses)],
+        "unfinished": {run["name"]: run["status"] for run in runs if run["status"] != FINISHED},
         "seconds": round(sum(run["seconds"] or 0 for run in runs), 1),
     }
 
@@ -80,16 +80,18 @@ def finished_at(study: Mapping[str, Any], done: Sequence[Mapping[str, Any]], bud
 
 def _describe(shape: str, study: Mapping[str, Any], at: Mapping[str, Finished], losses: Losses) -> dict[str, Any]:
     rows, length = sizes(shape)
-    results = [run["result"] for run in at["tokens"][shape]]
+    results = [run["result"] for budget in BUDGETS for run in at[budget][shape]]
     grids = {budget: study["grids"][budget].get(shape, study["grids"]["tokens"][shape]) for budget in BUDGETS}
     found = {"shape": shape, "batch_size": rows, "seq_len": length, "tokens_per_step": rows * length}
     found |= {"rates": {budget: {name: grid[name] for name in ("best", "inside")} for budget, grid in grids.items()}}
     found |= {"at": {budget: _losses(at[budget][shape], losses) for budget in BUDGETS}}
     quiet = min((r["step_seconds"]["median"] for r in results), default=None)
+    known = results[0] if results else {}
     return found | {
         "step_seconds": rounded(quiet),
-        "flops_per_token": results[0]["flops_per_token"] if results else None,
-        "memory_bytes": results[0]["memory_bytes"]["compiled_step"] if results else None,
+        "flops_per_token": known.get("flops_per_token"),
+        "memory_bytes": known.get("memory_bytes", {}).get("compiled_step"),
+        "devices": math.prod(known["mesh"].values()) if "mesh" in known else None,
     }
 
 
@@ -117,16 +119,26 @@ def _sd(values: Sequence[float]) -> float | None:
     return rounded(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def _pairs(budget: str, finished: Finished, losses: Losses) -> list[dict[str, Any]]:
+def _lowest(finished: Finished, losses: Losses) -> dict[str, Any] | None:
+    """The shape of the lowest mean loss, `a`, and the next, `b`: loss of a minus that of b, chosen after the fact."""
+    means = {shape: _losses(runs, losses)["mean"] for shape, runs in finished.items() if runs}
+    first = sorted(means, key=means.__getitem__)[:2]
+    pair = pair_of(*first, finished, losses) if len(first) == 2 else None
+    return corrected([pair])[0] if pair else None
+
+
+def _pairs(budget: str, at: Mapping[str, Finished], losses: Losses) -> list[dict[str, Any]]:
     """`rows`: as long rows, more of them; `length`: as many rows, longer; `cut`: as many tokens per step, shorter rows.
 
-    Each is loss of `a`, which has the more or shorter or longer rows, minus that of `b`, its neighbour; p values are
-    corrected (Holm) over those of one kind and budget.
+    Each is loss of `a`, which has the more or longer or shorter rows, minus that of `b`, its neighbour. p values are
+    corrected (Holm) over those of one kind and budget. Cuts of the largest steps are the same at equal steps as at
+    equal tokens, and among the latter alone.
     """
-    there = [shape for shape, runs in finished.items() if runs]
+    there = [shape for shape, runs in at[budget].items() if runs]
+    smaller = [shape for shape in there if budget == "tokens" or at["steps"][shape] != at["tokens"][shape]]
     entries = []
-    for kind, neighbours in (("rows", more_rows(there)), ("length", longer(there)), ("cut", cuts(there))):
-        entries += [{"budget": budget, "kind": kind} | pair for pair in pairs_of(finished, losses, neighbours)]
+    for kind, chosen in (("rows", more_rows(there)), ("length", longer(there)), ("cut", cuts(smaller))):
+        entries += [{"budget": budget, "kind": kind} | pair for pair in pairs_of(at[budget], losses, chosen)]
     return entries
 
 
@@ -150,15 +162,34 @@ def _neighbours(shapes: Sequence[str], alike: Any, by: Any) -> list[tuple[str, s
     return [(b, a) for a, b in itertools.pairwise(rising) if alike(*sizes(a)) == alike(*sizes(b))]
 
 
-def _choices(budget: str, pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """From a shape to as many times more tokens per step, in rows or in length: both changes, and rows minus length."""
-    of = {(pair["kind"], pair["a"], pair["b"]): pair for pair in pairs if pair["budget"] == budget}
+def _choices(budget: str, finished: Finished, losses: Losses) -> list[dict[str, Any]]:
+    """From a shape to as many times more tokens per step, in rows or in length: both changes, and rows minus length.
+
+    Over the seeds that all three have; p values are corrected (Holm) over the choices of a budget.
+    """
+    there = [shape for shape, runs in finished.items() if runs]
     found = []
-    for kind, a, b in of:
-        for other in (x for k, x, y in of if kind == "rows" and k == "length" and y == b):
-            if ("cut", a, other) in of:
-                times = sizes(a)[0] / sizes(b)[0]
-                about = {"budget": budget, "from": b, "times": times, "more_rows": a, "longer": other}
-                parts = {"rows": of["rows", a, b], "length": of["length", other, b], "cut": of["cut", a, other]}
-                found.append(about | parts)
+    for base, times, more, longer_ in ways(there):
+        three = [{run["result"]["seed"] for run in finished[shape]} for shape in (base, more, longer_)]
+        seeds = set.intersection(*three)
+        if seeds:
+            legs = {"rows": (more, base), "length": (longer_, base), "cut": (more, longer_)}
+            parts = {name: pair_of(*leg, finished, losses, seeds) for name, leg in legs.items()}
+            about = {"budget": budget, "from": base, "times": times, "more_rows": more, "longer": longer_}
+            found.append(about | parts)
+    for name in ("rows", "length", "cut"):
+        corrected([choice[name] for choice in found])
+    return found
+
+
+def ways(shapes: Sequence[str]) -> list[tuple[str, int, str, str]]:
+    """(shape, times, that with more rows, that with longer ones), of each shape the least times that there are both."""
+    of = {sizes(shape): shape for shape in shapes}
+    found = []
+    for (rows, length), shape in of.items():
+        times = [more // rows for more, same in of if same == length and more > rows and more % rows == 0]
+        both = [k for k in sorted(times) if (rows, k * length) in of]
+        if both:
+            k = both[0]
+            found.append((shape, k, of[k * rows, length], of[rows, k * length]))
     return found

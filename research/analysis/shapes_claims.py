@@ -1,7 +1,7 @@
 """Verdicts on what the original claims of the batch by itself, from shapes that differ in their rows alone."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from research.analysis import claims, claims_batch, claims_cost, evidence
@@ -23,56 +23,64 @@ def verdicts(found: Found) -> list[Verdict]:
 
 def progress(found: Found) -> Judged:
     """As many steps: are more rows behind fewer of the same length?"""
-    pairs = of_kind(found, "steps", "rows")
-    if not pairs:
-        return UNTESTED, "No two shapes of one length were trained for as many steps."
-    text = f"After as many steps, in nats per token: {evidence.against(pairs)}."
-    return _judged(pairs, text)
+    return _after_steps(found)
 
 
 def explores(found: Found) -> Judged:
     """As many steps: do fewer rows, whose gradients are noisier, end below more? At equal tokens they also have more
-    steps, so what they win there does not tell; what they lose does."""
-    steps, tokens = (of_kind(found, budget, "rows") for budget in ("steps", "tokens"))
-    if not steps:
-        return UNTESTED, "No two shapes of one length were trained for as many steps."
-    text = f"After as many steps, in nats per token: {evidence.against(steps)}."
+    steps, so what they win there does not tell."""
+    verdict, text = _after_steps(found)
+    tokens = of_kind(found, "tokens", "rows")
     if tokens:
         text += f" After as many tokens, where fewer rows take more steps: {evidence.against(tokens)}."
-    verdict, text = _judged(steps, text)
-    if verdict == FAILS:
-        text += " Noise by itself helps nowhere: what fewer rows are ahead by, at equal tokens, is their more steps."
+    if verdict == FAILS and tokens and all(pair["shown"] and pair["mean"] > 0 for pair in tokens):
+        text += " So what fewer rows are ahead by, at equal tokens, is what more steps are worth, not noise."
     return verdict, text
 
 
-def _judged(pairs: Sequence[Mapping[str, Any]], text: str) -> Judged:
-    """`pairs`: more rows minus fewer. Holds where more are shown to be behind, everywhere."""
-    answers = [pair["mean"] > 0 if pair["shown"] else None for pair in pairs]
+def _after_steps(found: Found) -> Judged:
+    """Holds where more rows are shown to be behind fewer, in all pairs; fails where they are shown to be ahead."""
+    pairs = of_kind(found, "steps", "rows")
+    if not pairs:
+        return UNTESTED, "No two shapes of one length were trained for as many steps."
+    steps = max(shape["at"]["steps"]["steps"] for shape in found["shapes"] if shape["at"]["steps"])
+    text = f"After as many steps, {steps:,}, in nats per token: {evidence.against(pairs)}."
+    if min(len(pair["seeds"]) for pair in pairs) < evidence.MIN_SEEDS:
+        return UNTESTED, f"{text} {evidence.MIN_SEEDS} seeds or more would tell."
+    on_edge = {shape["shape"] for shape in found["shapes"] if not shape["rates"]["steps"]["inside"]}
+    answers = [_answer(pair, on_edge) for pair in pairs]
+    if None in answers:
+        text += " Not all are shown at learning rates inside their grids: more seeds, or more rates, would tell."
     verdict = evidence.judge(answers)
-    if verdict in (HOLDS, FAILS) and None in answers:
-        return CONDITIONS if verdict == HOLDS else UNTESTED, f"{text} Not all are shown: more seeds would tell."
-    return verdict, text
+    return (UNTESTED if None in answers and verdict != CONDITIONS else verdict), text
+
+
+def _answer(pair: Mapping[str, Any], on_edge: Collection[str]) -> bool | None:
+    """Whether more rows are behind; None where it is not shown, or the one behind may have a better learning rate."""
+    behind = pair["a"] if pair["mean"] > 0 else pair["b"]
+    return pair["mean"] > 0 if pair["shown"] and behind not in on_edge else None
 
 
 def memory_of_batch(found: Found) -> Judged:
-    """The factor of the compiled step's memory a doubling of the rows, for each length."""
-    by_length: dict[int, list[Mapping[str, Any]]] = {}
+    """The factor of the compiled step's memory a doubling of the rows, for each length, on as many devices.
+
+    Where rows do not divide, a CPU's step runs on one of its devices, which then holds no second copy of parameters.
+    """
+    alike: dict[tuple[int, int], list[Mapping[str, Any]]] = {}
     for shape in found["shapes"]:
         if shape["memory_bytes"]:
-            by_length.setdefault(shape["seq_len"], []).append(shape)
-    ends = [
-        sorted(same, key=lambda s: s["batch_size"])[:: len(same) - 1] for same in by_length.values() if len(same) > 1
-    ]
-    if not ends:
-        return UNTESTED, "The memory of no two shapes of one length is known."
+            alike.setdefault((shape["seq_len"], shape["devices"]), []).append(shape)
+    rising = [sorted(same, key=lambda shape: shape["batch_size"]) for same in alike.values() if len(same) > 1]
+    if not rising:
+        return UNTESTED, "The memory of no two shapes of one length is known on as many devices."
     parts, factors = [], []
-    for few, many in ends:
+    for few, *_, many in rising:
         times = many["batch_size"] / few["batch_size"]
         factors.append((many["memory_bytes"] / few["memory_bytes"]) ** (1 / math.log2(times)))
-        sizes = f"{few['memory_bytes'] / 1e9:.3f} to {many['memory_bytes'] / 1e9:.3f} GB"
-        parts.append(f"{few['shape']} to {many['shape']} {factors[-1]:.2f} times a doubling ({sizes})")
+        bytes_ = f"{few['memory_bytes'] / 1e9:.3f} to {many['memory_bytes'] / 1e9:.3f} GB"
+        parts.append(f"{few['shape']} to {many['shape']} {factors[-1]:.2f} times a doubling ({bytes_})")
     text = f"The compiled step: {'; '.join(parts)}. Parameters and their state do not grow."
-    if min(factors) >= 1.9:
+    if all(abs(factor - 2) <= 2 * evidence.SAME for factor in factors):
         return HOLDS, text
     return (CONDITIONS if max(factors) > 1 + evidence.SAME else FAILS), text
 

@@ -10,7 +10,8 @@ from research.analysis.findings import listed
 from research.analysis.page import Table
 from research.analysis.render import Page, Part
 from research.analysis.render import write as write_page
-from research.analysis.shapes_claims import of_kind, verdicts
+from research.analysis.shapes_claims import verdicts
+from research.analysis.shapes_findings import BUDGETS, findings
 from research.analysis.tables import verdict
 from research.analysis.tuning_report import losses_table
 
@@ -23,7 +24,6 @@ KINDS = {  # of a pair: what differs, and what does not
     "length": "longer rows, as many",
     "cut": "more and shorter rows, as many tokens per step",
 }
-BUDGETS = {"tokens": "equal tokens", "steps": "equal steps"}
 
 Found = Mapping[str, Any]
 
@@ -32,20 +32,20 @@ def write(results: Found, folder: Path) -> None:
     """Draws figures/ and writes report.md and report.html into `folder` from results.json's content."""
     study, found = results["study"], results["analysis"]
     pictures = tuple(shapes_figure.draw(results, folder / "figures"))
-    parts = [
-        Part(
-            "What was found", "\n".join(f"- {said}" for said in findings(results)), pictures=pictures, kind="findings"
-        ),
-        Part("Each shape", "", (_losses(study, found),)),
-        Part("More rows, or longer ones?", _choice_text(study), (_choices(found),) if found["choices"] else ()),
-        Part("Differences", "", (_differences(found),)),
-        Part("Learning rates", _rates_text(study), _rates_tables(study)),
-        Part("What a step costs", "", (_costs(found),)),
-        Part("What the original claims of the batch", _claims_text(), verdicts=tuple(verdicts(found))),
-    ]
-    if found["unfinished"]:
-        missing = "\n".join(f"- {name} is not finished: it is in no mean." for name in found["unfinished"])
-        parts.append(Part("Warnings", missing, kind="warnings"))
+    said = "\n".join(f"- {sentence}" for sentence in findings(results))
+    parts = [Part("What was found", said, pictures=pictures, kind="findings")]
+    if pictures:
+        parts.append(Part("Each shape", "", (_losses(study, found),)))
+    if found["choices"]:
+        parts.append(Part("More rows, or longer ones?", _choice_text(study), (_choices(found),)))
+    if found["pairs"]:
+        parts.append(Part("Differences", "", (_differences(found),)))
+    parts.append(Part("Learning rates", _rates_text(study), _rates_tables(study)))
+    if pictures:
+        parts.append(Part("What a step costs", "", (_costs(found),)))
+    parts.append(Part("What the original claims of the batch", _claims_text(), verdicts=tuple(verdicts(found))))
+    if warnings := _warnings(study, found):
+        parts.append(Part("Warnings", "\n".join(f"- {warning}" for warning in warnings), kind="warnings"))
     page = Page(
         title="How large a step, and in which shape?",
         kicker=protocol.kicker({"runs": [run | {"setting": "independent"} for run in results["runs"]]}),
@@ -60,13 +60,25 @@ def write(results: Found, folder: Path) -> None:
     write_page(page, folder)
 
 
+def _warnings(study: Found, found: Found) -> list[str]:
+    """What is missing from the means."""
+    said = [f"tune_{budget}: no learning rate of {listed(names)} is settled: it is not compared there."
+            for budget, grids in study["grids"].items()
+            if (names := [shape for shape, grid in grids.items() if grid["best"] is None])]  # fmt: skip
+    said += [f"{name} failed: exit code {code}." for name, code in study["failed"].items()]
+    by_status: dict[str, list[str]] = {}
+    for name, status in found["unfinished"].items():
+        by_status.setdefault(status, []).append(name)
+    return said + [f"{listed(names)}: {status}, and in no mean." for status, names in by_status.items()]
+
+
 def _facts(results: Found) -> list[tuple[str, str]]:
     study, found = results["study"], results["analysis"]
     runs = [run for run in results["runs"] if run["result"]]
     seeds = sorted({about["seed"] for about in study["compared"].values()})
     facts = [
         ("shapes (rows x tokens)", ", ".join(study["shapes"])),
-        ("fields given", ", ".join(f"{name} {value}" for name, value in study["overrides"].items()) or "none"),
+        ("fields of all runs", ", ".join(f"{name} {value}" for name, value in study["overrides"].items()) or "none"),
         ("runs", f"{len(runs)} of {len(results['runs'])} finished, seeds {listed(list(map(str, seeds)))}"),
     ]
     if runs:
@@ -74,6 +86,7 @@ def _facts(results: Found) -> list[tuple[str, str]]:
         parameters = first["parameters"]
         facts += [
             ("text", f"{protocol.corpus(runs[0])}; {_targets(found)}"),
+            ("passes over the text", f"{max(run['result']['epochs'] for run in runs):.2f}"),
             ("model", f"{parameters['total']:,} parameters, {parameters['active']:,} active per token"),
             ("device", ", ".join(dict.fromkeys(run["result"]["device"] for run in runs))),
             ("code", ", ".join(dict.fromkeys(map(protocol.code, runs)))),
@@ -83,73 +96,6 @@ def _facts(results: Found) -> list[tuple[str, str]]:
 
 def _targets(found: Found) -> str:
     return f"{found['targets']:,} held-out targets in {found['documents']:,} documents"
-
-
-def findings(results: Found) -> list[str]:
-    """What the numbers say, each sentence chosen by them."""
-    found = results["analysis"]
-    said = [sentence for budget in BUDGETS for sentence in (*_lowest(found, budget), *_chosen(found, budget))]
-    said += _price(found) + _rates(found)
-    return said or ["No run is finished: nothing is compared."]
-
-
-def _lowest(found: Found, budget: str) -> list[str]:
-    there = [shape for shape in found["shapes"] if shape["at"][budget]]
-    if len(there) < 2:
-        return []
-    best, second = sorted(there, key=lambda shape: shape["at"][budget]["mean"])[:2]
-    loss = best["at"][budget]
-    count = f"{loss['tokens']:,} tokens" if budget == "tokens" else f"{loss['steps']:,} steps"
-    text = f"After {count} {best['shape']} has the lowest loss, {loss['mean']:.3f} nats per token at context"
-    return [f"{text} {found['context']}; next is {second['shape']} with {second['at'][budget]['mean']:.3f}."]
-
-
-def _chosen(found: Found, budget: str) -> list[str]:
-    """More tokens per step, in rows or in length: how both change the loss, and which is lower."""
-    choices = [choice for choice in found["choices"] if choice["budget"] == budget]
-    if not choices:
-        return []
-    parts = [[_change(choice[name]) for name in ("rows", "length", "cut")] for choice in choices]
-    each = (
-        f"from {choice['from']} by {rows} in rows, {length} in length (the one minus the other {cut})"
-        for choice, (rows, length, cut) in zip(choices, parts, strict=True)
-    )
-    times = listed([f"{times:g}" for times in dict.fromkeys(choice["times"] for choice in choices)])
-    return [f"At {BUDGETS[budget]}, {times} times as many tokens per step change the loss {'; '.join(each)}."]
-
-
-def _change(pair: Found) -> str:
-    return f"{pair['mean']:+.3f}" + ("" if pair["shown"] else " (not shown)")
-
-
-def _price(found: Found) -> list[str]:
-    """Rows instead of length at as many tokens per step, over all sizes of steps."""
-    said = []
-    for budget, words in BUDGETS.items():
-        cuts = of_kind(found, budget, "cut")
-        shown = [pair for pair in cuts if pair["shown"]]
-        below = sum(pair["mean"] < 0 for pair in shown)
-        text = (
-            f"Of as many tokens per step, at {words}, more and shorter rows are lower in {below} of {len(cuts)} pairs"
-        )
-        text += f", higher in {len(shown) - below}" * (below < len(shown))
-        text += f"; of {len(cuts) - len(shown)} no difference is shown" * (len(shown) < len(cuts))
-        said += [f"{text}."] if cuts else []
-    return said
-
-
-def _rates(found: Found) -> list[str]:
-    said = []
-    for budget, words in BUDGETS.items():
-        by_size: dict[int, list[str]] = {}
-        for shape in found["shapes"]:
-            rate = shape["rates"][budget]
-            if rate["best"] is not None:
-                edge = "" if rate["inside"] else " (on the edge)"
-                by_size.setdefault(shape["tokens_per_step"], []).append(f"{shape['shape']} {rate['best']:g}{edge}")
-        each = "; ".join(f"of {size:,} tokens per step {', '.join(rates)}" for size, rates in sorted(by_size.items()))
-        said += [f"Best learning rates at {words}: {each}."] if each else []
-    return said
 
 
 def _losses(study: Found, found: Found) -> Table:
@@ -183,9 +129,10 @@ def _reach(at: Found) -> str:
 
 def _choice_text(study: Found) -> str:
     return (
-        "From one shape to as many times more tokens per step there are two ways: more rows of the same length, or as "
-        f"many rows, longer. At equal steps ({study['steps']:,}) the larger step is trained on more tokens; at equal "
-        f"tokens ({study['tokens']:,}) it takes fewer steps."
+        "From one shape to as many times more tokens per step there are two ways: more rows of the same length, which "
+        "also come from more places of the text, or as many rows, longer. At equal steps "
+        f"({study['steps']:,}) the larger step is trained on more tokens; at equal tokens ({study['tokens']:,}) it "
+        "takes fewer steps."
     )
 
 
@@ -201,7 +148,11 @@ def _choices(found: Found) -> Table:
         for choice in found["choices"]
     )  # fmt: skip
     columns = ("at", "from", "times", "in rows", "in length", "rows minus length", "lower loss")
-    note = f"Change of the loss at context {found['context']}, nats per token [{_sampled(found)}]."
+    note = (
+        f"Change of the loss at context {found['context']}, nats per token [{_sampled(found)}], over the seeds that "
+        "all three shapes have; from each shape by the least times that there are both. Lower loss: after Holm's "
+        "correction over the choices at one budget."
+    )
     return Table(columns, rows, note)
 
 
@@ -215,7 +166,8 @@ def _differences(found: Found) -> Table:
     )  # fmt: skip
     note = (
         f"Nats per token at context {found['context']} [{_sampled(found)}]; neighbours alone. p after Holm's "
-        "correction over the pairs of one kind at one budget."
+        "correction over the pairs of one kind at one budget. The largest steps are the same runs at both budgets: how "
+        "they are cut is compared at equal tokens."
     )
     return Table(("at", "what differs", "difference", "nats per token [95 %]", "p (Holm)", "lower loss"), rows, note)
 
@@ -227,9 +179,10 @@ def _sampled(found: Found) -> str:
 def _rates_text(study: Found) -> str:
     return (
         f"Chosen on seed {study['seed']}, which compares nothing here, by the loss on the targets that are compared, "
-        f"after {study['tokens']:,} tokens and after {study['steps']:,} steps. One field, `{study['field']}`, was "
-        "searched: what else depends on the size of a step, such as AdamW's learning rate and how long averages "
-        "remember, is as the config says."
+        f"after {study['tokens']:,} tokens and after {study['steps']:,} steps; intervals do not hold this choice. One "
+        f"field, `{study['field']}`, was searched. What else depends on the size of a step is as the config says: the "
+        "other learning rate, where there is one, weight decay, clipping, the share of the steps that warm-up takes, "
+        "and how many steps averages remember."
     )
 
 
@@ -246,10 +199,11 @@ def _costs(found: Found) -> Table:
         "training at equal tokens (s)",
         "MFLOPs per token",
         "memory (GB)",
+        "devices",
     )
     note = (
         "Median step of the least disturbed run, without compilation, evaluation and checkpoints; memory of the "
-        "compiled step."
+        "compiled step, on all its devices (a CPU's cores are devices, as many as divide the rows)."
     )
     return Table(columns, tuple(_cost(shape, len(columns)) for shape in found["shapes"]), note)
 
@@ -262,14 +216,16 @@ def _cost(shape: Found, columns: int) -> tuple[str, ...]:
         shape["shape"],
         f"{seconds:.3f}",
         f"{shape['tokens_per_step'] / seconds:,.0f}",
-        f"{seconds * shape['at']['tokens']['steps']:,.0f}",
+        f"{seconds * at['steps']:,.0f}" if (at := shape["at"]["tokens"]) else "–",
         f"{shape['flops_per_token'] / 1e6:.2f}",
         "–" if memory is None else f"{memory / 1e9:.3f}",
+        f"{shape['devices']}",
     )
 
 
 def _claims_text() -> str:
     return (
         "Three of the original's claims are of the batch by itself, which its strategies never varied. The verdict is "
-        "chosen by a rule over the differences of shapes of one length."
+        "chosen by a rule over the differences of shapes of one length; what holds here holds for this text, these "
+        "shapes, and so many steps."
     )

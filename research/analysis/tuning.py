@@ -40,7 +40,7 @@ def write(folder: Path) -> dict[str, Any]:
 
     Raises: ConfigError where a data file is missing or damaged.
     """
-    results, losses = load(folder, "tuning", "field")
+    results, losses = load(folder, "tuning", "given")
     results["analysis"] = {"tuning": analyse(results["study"], results["runs"], losses)}
     files.write_json(folder / "results.json", results)
     tuning_report.write(results, folder)
