@@ -52,8 +52,9 @@ def _panel(axes: Axes, shapes: list[Mapping[str, Any]], budget: str, styles: Map
         look = style | {"markeredgecolor": "white", "zorder": 3}
         if curve:
             axes.plot([place(shape) for shape in curve], losses, label=f"rows of {length:,} tokens", **look)
+        falls = bool(losses) and losses[-1] < losses[0]
         for shape in curve:
-            _mark(axes, place(shape), shape["at"][budget], str(shape["batch_size"]), style["color"])
+            _mark(axes, place(shape), shape["at"][budget], str(shape["batch_size"]), style["color"], falls)
     for rows in sorted({shape["batch_size"] for shape in shapes}):
         same = sorted((s for s in shapes if s["batch_size"] == rows), key=lambda s: s["seq_len"])
         means = [shape["at"][budget]["mean"] for shape in same]
@@ -66,10 +67,10 @@ def _panel(axes: Axes, shapes: list[Mapping[str, Any]], budget: str, styles: Map
     axes.set_xlabel("tokens per step (log scale)")
 
 
-def _mark(axes: Axes, place: float, entry: Mapping[str, Any], rows: str, color: str) -> None:
-    """The range of the seeds, and the rows of a step beside it."""
+def _mark(axes: Axes, place: float, entry: Mapping[str, Any], rows: str, color: str, falls: bool) -> None:
+    """The range of the seeds, and the rows of a step below, on the side where the curve is not."""
     ends = [min(entry["by_seed"]), max(entry["by_seed"])]
     axes.plot([place] * 2, ends, color=color, lw=1.6, marker="_", zorder=2)
     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}
-    beside = dict(textcoords="offset points", fontsize=8.5, color=color, zorder=4, bbox=box)
-    axes.annotate(rows, (place, entry["mean"]), (8, -13), **beside)
+    side = {"ha": "right", "xytext": (-6, -14)} if falls else {"ha": "left", "xytext": (7, -14)}
+    axes.annotate(rows, (place, entry["mean"]), textcoords="offset points", fontsize=8.5, color=color, bbox=box, **side)

@@ -40,7 +40,7 @@ def _chosen(found: Found, budget: str) -> list[str]:
     if not choices:
         return []
     each = (
-        f"{_change(choice['rows'])} from {choice['from']} to {choice['more_rows']}, but {_change(choice['length'])} to "
+        f"{_change(choice['rows'])} from {choice['from']} to {choice['more_rows']} and {_change(choice['length'])} to "
         f"{choice['longer']}"
         for choice in choices
     )
