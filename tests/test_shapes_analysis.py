@@ -149,7 +149,7 @@ def test_the_lowest_is_said_to_be_so_only_where_it_is_shown(finished):
     pair = results["analysis"]["lowest"]["tokens"]
     assert (pair["a"], pair["b"], pair["shown"]) == ("128x128", "32x128", True)
     pair["shown"] = False
-    assert "no difference from it is shown" in shapes_findings.findings(results)[0]
+    assert "no difference is shown" in shapes_findings.findings(results)[0]
 
 
 def test_report_has_every_shape_figure_and_verdict(finished):

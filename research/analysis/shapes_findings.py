@@ -27,10 +27,10 @@ def _lowest(found: Found, budget: str) -> list[str]:
         return []
     a, b = (next(s for s in found["shapes"] if s["shape"] == pair[name])["at"][budget] for name in ("a", "b"))
     after = f"{a['tokens']:,} tokens" if budget == "tokens" else f"{a['steps']:,} steps, of {a['tokens']:,} tokens,"
-    amount = f"{signed(pair)} from it" if pair["shown"] else f"no difference from it is shown ({signed(pair)})"
+    amount = f"a difference of {signed(pair)}" if pair["shown"] else f"no difference is shown ({signed(pair)})"
     return [
         f"After {after} {pair['a']} has the lowest loss, {a['mean']:.3f} nats per token at context {found['context']}; "
-        f"next is {pair['b']} with {b['mean']:.3f}: {amount}."
+        f"next is {pair['b']} with {b['mean']:.3f}, {amount}."
     ]
 
 

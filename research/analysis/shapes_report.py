@@ -139,21 +139,20 @@ def _choice_text(study: Found) -> str:
 def _choices(found: Found) -> Table:
     rows = tuple(
         (
-            BUDGETS[choice["budget"]], choice["from"], f"{choice['times']:g}",
+            BUDGETS[choice["budget"]],
+            f"{choice['from']}, {choice['times']:g} times",
             f"{choice['more_rows']}: {signed(choice['rows'])}",
             f"{choice['longer']}: {signed(choice['length'])}",
-            signed(choice["cut"]),
-            verdict(choice["cut"]),
+            signed(choice["cut"]) + ("" if choice["cut"]["shown"] else " (not shown)"),
         )
         for choice in found["choices"]
-    )  # fmt: skip
-    columns = ("at", "from", "times", "in rows", "in length", "rows minus length", "lower loss")
+    )
     note = (
         f"Change of the loss at context {found['context']}, nats per token [{_sampled(found)}], over the seeds that "
-        "all three shapes have; from each shape by the least times that there are both. Lower loss: after Holm's "
-        "correction over the choices at one budget."
+        "all three shapes have; from each shape by the least times that there are both. What is shown is so after "
+        "Holm's correction over the choices at one budget."
     )
-    return Table(columns, rows, note)
+    return Table(("at", "from", "in rows", "in length", "rows minus length"), rows, note)
 
 
 def _differences(found: Found) -> Table:
