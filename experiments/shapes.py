@@ -17,7 +17,7 @@ failed, or 1.
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,14 @@ from experiments.flags import OVERRIDES, Parser, as_folder, make_folder
 from experiments.shapes_plan import (
     Plan,
     Run,
-    best_rate,
     command,
     describe,
-    flags_of,
+    fields_of,
     identity,
     make_plan,
     planned,
     tokens_per_step,
 )
-from experiments.strategies import load_strategy
 from research.analysis import runs, shapes, shapes_findings
 from research.analysis.tables import duration
 from research.analysis.tuning import grid as tuning_grid
@@ -57,12 +55,13 @@ def main(argv: Sequence[str] | None = None, train: Sequence[str] = TRAIN, check:
         if arguments.report_only:
             return report_only(arguments.workdir)
         plan = make_plan(arguments, DEFAULTS | given)
+        state = refuse_another(plan)
+        plan = replace(plan, seeds=tuple(dict.fromkeys([*state.get("seeds", ()), *plan.seeds])))
         if arguments.dry_run:
             print("\n".join(describe(plan, train)))
             return 0
         if arguments.check_only:
             return checked(lambda: check_all(plan))
-        state = refuse_another(plan)
         tuned = {budget: tune.refuse_another(plan.tunes[budget]) for budget in plan.tunes}
         # In a child, so that this process holds no accelerator while the runs need it.
         if code := run_child([*check, *argv]):
@@ -70,7 +69,7 @@ def main(argv: Sequence[str] | None = None, train: Sequence[str] = TRAIN, check:
         begin(plan, state, tuned)
         for budget, tuning in plan.tunes.items():
             print(f"learning rates at equal {budget}", flush=True)
-            tune.run_all(tuning, tuned[budget], train)
+            tune.run_all(tuning, train)
         compare(plan, train)
         return report_only(plan.workdir)
     except ConfigError as error:
@@ -105,8 +104,7 @@ def refuse_another(plan: Plan) -> dict[str, Any]:
 def begin(plan: Plan, state: Mapping[str, Any], tuned: Mapping[str, Mapping[str, Any]]) -> None:
     """Keeps what the study is, so that it can be reported on from its first run on."""
     make_folder(plan.workdir)
-    seeds = list(dict.fromkeys([*state.get("seeds", ()), *plan.seeds]))
-    ledger.write(plan.workdir / STATE, state | identity(plan) | {"seeds": seeds})
+    ledger.write(plan.workdir / STATE, state | identity(plan) | {"seeds": list(plan.seeds)})
     for budget, tuning in plan.tunes.items():
         tune.begin(tuning, tuned[budget])
 
@@ -120,13 +118,13 @@ def compare(plan: Plan, train: Sequence[str]) -> None:
 
 
 def _left(plan: Plan, todo: Sequence[Run]) -> str:
-    """Time that runs which are not there will take: as long as that of the same shape and rate in the tuning."""
-    seconds = 0.0
+    """Time that runs which are not made will take: as long as that of the same shape and rate in the tuning."""
+    seconds, codes = 0.0, ledger.read(plan.workdir / STATE)["exit_codes"]
     for run in todo:
         tuning = plan.tunes[run.budget]
         took = ledger.read(tuning.workdir / tune.STATE)["seconds"]
-        if not (plan.workdir / run.name / "result.json").exists():
-            seconds += took.get(tune.run_name(tuning, run.shape, run.rate), 0.0)
+        made = (plan.workdir / run.name / "result.json").exists() or codes.get(run.name) == runs.DIVERGED_CODE
+        seconds += 0.0 if made else took.get(tune.run_name(tuning, run.shape, run.rate), 0.0)
     return f", about {duration(seconds)} left" if seconds else ""
 
 
@@ -134,14 +132,10 @@ def check_all(plan: Plan) -> int:
     """Checks the config of each shape, and that the runs there are have no other. Raises: ConfigError for the first."""
     for tuning in plan.tunes.values():
         tune.check_all(tuning)
-    from research import checkpoint, planner, train  # in this child alone JAX starts
-
     for run in planned(plan):
-        folder = plan.workdir / run.name
+        folder, scale = plan.workdir / run.name, plan.tunes[run.budget].scale
         if (folder / "config.json").exists():
-            loaded = load_strategy(run.shape, plan.tunes[run.budget].scale, flags_of(plan, run))
-            config = planner.planned(loaded, str(folder))
-            checkpoint.refuse_another(folder, config.to_dict(), train.prepare(config)[0].fingerprint)
+            tune.check_run(folder, run.shape, scale, fields_of(plan, run))
     return 0
 
 
@@ -154,7 +148,6 @@ def report_only(workdir: Path) -> int:
     study = {name: getattr(tuned, name) for name in ("scale", "seed", "shortest", "field")}
     study |= {"tokens": plan.tokens, "steps": plan.steps, "overrides": tune.public(tuned.overrides)}
     study |= {"shapes": state["shapes"], "compared": {run.name: asdict(run) for run in planned(plan)}}
-    study |= {"failed": {f"tune_{b}/{name}": c for b, t in plan.tunes.items() for name, c in tune.failed(t).items()}}
     study["grids"] = {b: {s: _tried(tuning, states[b], s) for s in tuning.given} for b, tuning in plan.tunes.items()}
     runs.gather(workdir, study, list(study["compared"]), state, workdir / "report")
     return _conclude(workdir / "report")
@@ -175,20 +168,24 @@ def read_plan(workdir: Path) -> tuple[Plan, dict[str, Any]]:
 
 
 def _tried(tuning: tune.Plan, state: Mapping[str, Any], shape: str) -> dict[str, Any]:
-    """What was tried of a shape, the best of it, and whether a higher loss lies on both sides (tuning.grid)."""
+    """What was tried of a shape, the best of it, and whether a higher loss lies on both sides (tuning.grid).
+
+    `exit_codes`: of what is neither finished nor diverged, 0 of what was not made; the best is not known before.
+    """
     values, middle = {tune.run_name(tuning, shape, v): v for v in tune.values(tuning, shape)}, tuning.given[shape]
     read = {name: runs.read_run(tuning.workdir / name, state) for name in values}
     found = tuning_grid(values, read, tuning.shortest, middle) | {"given": middle}
-    return found | {"best": best_rate(tuning, shape)}
+    left = {name: run["exit_code"] for name, run in read.items() if run["status"] not in (runs.FINISHED, runs.DIVERGED)}
+    return found | {"exit_codes": left} | ({"best": None, "inside": False} if left else {})
 
 
 def _conclude(folder: Path) -> int:
     results = shapes.write(folder)
     print("\n" + "\n".join(f"- {said}" for said in shapes_findings.findings(results)))
-    code = ledger.conclude(results["runs"], folder)
-    for name, failed in results["study"]["failed"].items():
-        print(f"{name} failed: exit code {failed}", file=sys.stderr)
-    return next(iter(results["study"]["failed"].values()), code)
+    code, left = ledger.conclude(results["runs"], folder), shapes_findings.not_settled(results["study"])
+    for name, exit_code in left.items():
+        print(f"{name} {f'failed: exit code {exit_code}' if exit_code else 'missing'}", file=sys.stderr)
+    return next((failed for failed in left.values() if failed), code or int(bool(left)))
 
 
 if __name__ == "__main__":

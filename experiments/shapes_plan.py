@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments import grid, tune
-from experiments.strategies import config_file, load_strategy, names, shape_flags
+from experiments.strategies import flags, load_strategy, names, train_command
 from research.analysis import runs, shapes
 from research.config import ConfigError
 
@@ -63,7 +63,7 @@ def make_plan(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> Pl
         raise ConfigError("--tokens_per_step", arguments.tokens_per_step, "name at least two: they are compared")
     given = [f"{size // length}x{length}" for length, size in itertools.product(lengths, sizes)]
     everyone = _tune(arguments, "tokens", given, overrides)
-    config = load_strategy(given[0], arguments.scale, [f"--config.{k}={v}" for k, v in overrides.items()])
+    config = load_strategy(given[0], arguments.scale, flags(overrides))
     _check(config, sizes)
     if config.seed in seeds:
         message = f"give seeds other than {config.seed} (config.seed), which chooses the learning rates"
@@ -125,17 +125,13 @@ def tokens_per_step(shape: str) -> int:
     return rows * length
 
 
+def fields_of(plan: Plan, run: Run) -> dict[str, str]:
+    return tune.fields_of(plan.tunes[run.budget], run.rate) | {"seed": str(run.seed)}
+
+
 def command(plan: Plan, run: Run, train: Sequence[str]) -> list[str]:
-    file = config_file(run.shape, plan.tunes[run.budget].scale)
-    own = [f"--workdir={plan.workdir / run.name}", *shape_flags(run.shape)]
-    return [*train, f"--config={file}", *own, *flags_of(plan, run)]
-
-
-def flags_of(plan: Plan, run: Run) -> list[str]:
-    """The overrides of a run, but those that are its shape."""
-    tuning = plan.tunes[run.budget]
-    fields = tune.SHORT | dict(tuning.overrides) | {"seed": str(run.seed), tuning.field: repr(run.rate)}
-    return [f"--config.{name}={value}" for name, value in fields.items()]
+    scale = plan.tunes[run.budget].scale
+    return train_command(train, run.shape, scale, plan.workdir / run.name, fields_of(plan, run))
 
 
 def describe(plan: Plan, train: Sequence[str]) -> list[str]:

@@ -4,8 +4,9 @@ A shape is configs/base.py with that batch size and length, so that a study can 
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -46,13 +47,26 @@ def config_file(strategy: str, scale: str) -> str:
     return f"{path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}:{scale}"
 
 
+def train_command(
+    train: Sequence[str], strategy: str, scale: str, workdir: Path, fields: Mapping[str, Any]
+) -> list[str]:
+    """That trains a strategy in `workdir` with these fields of its config."""
+    about = [f"--config={config_file(strategy, scale)}", f"--workdir={workdir}"]
+    return [*train, *about, *shape_flags(strategy), *flags(fields)]
+
+
+def flags(fields: Mapping[str, Any]) -> list[str]:
+    """--config.field=value of each."""
+    return [f"--config.{field}={value}" for field, value in fields.items()]
+
+
 def shape_flags(strategy: str) -> list[str]:
     """The overrides that make base.py that shape; none for the name of a file."""
     found = _SHAPE.fullmatch(strategy)
     if not found:
         return []
     values = (strategy, *found.groups())
-    return [f"--config.{field}={value}" for field, value in zip(_FIELDS, values, strict=True)]
+    return flags(dict(zip(_FIELDS, values, strict=True)))
 
 
 def _path(strategy: str) -> Path:

@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from experiments import grid, ledger
 from experiments.child import Interrupted, checked, run_child
 from experiments.flags import OVERRIDES, Parser, as_folder, make_folder
-from experiments.strategies import HELP, STRATEGIES, config_file, load_strategy, names, shape_flags
+from experiments.strategies import HELP, STRATEGIES, flags, load_strategy, names, train_command
 from research.analysis import runs, tuning, tuning_report
 from research.config import ConfigError
 
@@ -77,7 +77,8 @@ def main(argv: Sequence[str] | None = None, train: Sequence[str] = TRAIN, check:
         # In a child, so that this process holds no accelerator while the runs need it.
         if code := run_child([*check, *argv]):
             return code
-        run_all(plan, state, train)
+        begin(plan, state)
+        run_all(plan, train)
         return report_only(plan.workdir)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -87,12 +88,8 @@ def main(argv: Sequence[str] | None = None, train: Sequence[str] = TRAIN, check:
         return stopped.code
 
 
-def run_all(plan: Plan, state: Mapping[str, Any], train: Sequence[str]) -> None:
-    """Makes the runs of every strategy's grid that are not there. state: what refuse_another gave.
-
-    Raises: ConfigError where the folder cannot be written, Interrupted when a signal stopped one.
-    """
-    begin(plan, state)
+def run_all(plan: Plan, train: Sequence[str]) -> None:
+    """Makes the runs of every strategy's grid that are not there. Raises: Interrupted when a signal stopped one."""
     for place, strategy in enumerate(plan.given, 1):
         for number, value in enumerate(values(plan, strategy), 1):
             where = f"{strategy} ({place} of {len(plan.given)}), value {number}, of {plan.limit} at most"
@@ -104,13 +101,6 @@ def begin(plan: Plan, state: Mapping[str, Any]) -> None:
     """Keeps what the study is, for the commands that go on with it. Raises: ConfigError where it cannot be written."""
     make_folder(plan.workdir)
     ledger.write(plan.workdir / STATE, state | plan.identity | {"limit": plan.limit})
-
-
-def failed(plan: Plan) -> dict[str, int]:
-    """Exit codes of the runs that ended otherwise than finished or diverged."""
-    codes = ledger.read(plan.workdir / STATE)["exit_codes"]
-    names = [run_name(plan, strategy, value) for strategy in plan.given for value in values(plan, strategy)]
-    return {name: codes[name] for name in names if codes.get(name, 0) not in (0, runs.DIVERGED_CODE)}
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
@@ -133,8 +123,7 @@ def make_plan(
         raise ConfigError("--strategies", "", "name at least one")
     if limit < 3:
         raise ConfigError("--limit", limit, "a grid begins with three values")
-    flags = _flags(overrides)
-    configs = {name: load_strategy(name, scale, flags) for name in strategies}
+    configs = {name: load_strategy(name, scale, flags(overrides)) for name in strategies}
     first = next(iter(configs.values()))
     if first.data.source == "recall":
         raise ConfigError("config.data.source", "recall", "has no losses on text to choose by; give another --scale")
@@ -163,20 +152,19 @@ def _value(config: ConfigDict, field: str) -> float:
     return found
 
 
-def _flags(fields: Mapping[str, Any]) -> list[str]:
-    return [f"--config.{field}={value}" for field, value in fields.items()]
-
-
 def run_name(plan: Plan, strategy: str, value: float) -> str:
     """Of a run's folder."""
     return f"{strategy}-{plan.field.rpartition('.')[2]}-{value:g}-seed{plan.seed}"
 
 
+def fields_of(plan: Plan, value: float) -> dict[str, str]:
+    """Of a run's config: what is given, and the value that is tried."""
+    return SHORT | dict(plan.overrides) | {plan.field: repr(value)}
+
+
 def command(plan: Plan, strategy: str, value: float, train: Sequence[str]) -> list[str]:
-    fields = SHORT | dict(plan.overrides) | {plan.field: repr(value)}
-    workdir = plan.workdir / run_name(plan, strategy, value)
-    own = [f"--workdir={workdir}", *shape_flags(strategy)]
-    return [*train, f"--config={config_file(strategy, plan.scale)}", *own, *_flags(fields)]
+    folder = plan.workdir / run_name(plan, strategy, value)
+    return train_command(train, strategy, plan.scale, folder, fields_of(plan, value))
 
 
 def values(plan: Plan, strategy: str) -> Iterator[float]:
@@ -198,17 +186,20 @@ def check_all(plan: Plan) -> int:
 
     Raises: ConfigError for the first mistake.
     """
-    from research import checkpoint, planner, train  # in this child alone JAX starts
-
     for strategy, middle in plan.given.items():
         for value in dict.fromkeys([*grid.first(middle), *grid.known(lambda v, s=strategy: loss(plan, s, v), middle)]):
-            folder = plan.workdir / run_name(plan, strategy, value)
-            fields = SHORT | dict(plan.overrides) | {plan.field: repr(value)}
-            config = planner.planned(load_strategy(strategy, plan.scale, _flags(fields)), str(folder))
-            fingerprint = train.prepare(config)[0].fingerprint
-            if (folder / "config.json").exists():
-                checkpoint.refuse_another(folder, config.to_dict(), fingerprint)
+            check_run(plan.workdir / run_name(plan, strategy, value), strategy, plan.scale, fields_of(plan, value))
     return 0
+
+
+def check_run(folder: Path, strategy: str, scale: str, fields: Mapping[str, Any]) -> None:
+    """Raises: ConfigError for a config that cannot run, or a folder that holds a run of another."""
+    from research import checkpoint, planner, train  # in a child of the study alone JAX starts
+
+    config = planner.planned(load_strategy(strategy, scale, flags(fields)), str(folder))
+    fingerprint = train.prepare(config)[0].fingerprint
+    if (folder / "config.json").exists():
+        checkpoint.refuse_another(folder, config.to_dict(), fingerprint)
 
 
 def refuse_another(plan: Plan) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def merit(shape: str, tokens: int) -> float:
 
 def best_rate(shape: str, budget: str = "tokens") -> float:
     rows, length = shapes.sizes(shape)
-    return {1024: 0.02, 4096: 0.04, 16384: 0.16}[rows * length] * (2 if budget == "steps" else 1)
+    return {1024: 0.02, 2048: 0.04, 4096: 0.04, 16384: 0.16}[rows * length] * (2 if budget == "steps" else 1)
 
 
 def name_of(shape: str, budget: str, seed: int) -> str:
@@ -42,11 +42,17 @@ def fields_of(command: Sequence[str]) -> dict[str, str]:
 
 
 def study(
-    workdir: Path, *arguments: str, exits: dict[str, int] | None = None, stops: str = "", checked: int = 0
+    workdir: Path,
+    *arguments: str,
+    exits: dict[str, int] | None = None,
+    stops: str = "",
+    stopped_after: bool = False,
+    checked: int = 0,
 ) -> int:
     """The exit code of a study; its runs are told to `<workdir>/calls`, a JSON list of (name, command) a line.
 
-    exits: run -> exit code; stops: the run that a signal stops; checked: the exit code of the check.
+    exits: run -> exit code; stops: the run that a signal stops, `stopped_after` its end; checked: the exit code of
+    the check.
     """
 
     def run_child(command: Sequence[str]) -> int:
@@ -58,6 +64,8 @@ def study(
         with open(workdir / "calls", "a") as file:
             file.write(json.dumps([name, list(command)]) + "\n")
         if name == stops:
+            if stopped_after:
+                _write(folder, fields)
             raise Interrupted(130)
         if code := (exits or {}).get(name):
             return code

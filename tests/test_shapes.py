@@ -112,7 +112,7 @@ def test_a_study_that_was_stopped_early_has_a_report(tmp_path, capsys):
     assert script.main([f"--workdir={tmp_path}", "--report_only"]) == 130  # of the run that was stopped
     assert "No run that compares is finished" in capsys.readouterr().out
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "tune_steps: no learning rate of 8x128, 32x128, 2x512 and 8x512 is settled" in text
+    assert "At equal steps no learning rate is settled of 8x128, 32x128, 2x512 and 8x512: not compared." in text
     assert "None" not in text
 
 
@@ -120,15 +120,18 @@ def test_a_run_that_fails_is_said_and_in_no_mean(tmp_path, capsys):
     failing = name_of("8x128", "steps", 44)
     assert study(tmp_path, exits={failing: 1}) == 1
     results = results_of(tmp_path)
-    assert results["analysis"]["shapes"][0]["at"]["steps"]["seeds"] == [43, 45]
+    assert results["analysis"]["seeds"] == {"tokens": [43, 44, 45], "steps": [43, 45]}
+    assert {tuple(shape["at"]["steps"]["seeds"]) for shape in results["analysis"]["shapes"]} == {(43, 45)}
     assert f"{failing} failed: exit code 1" in capsys.readouterr().err
-    assert f"{failing}: failed: exit code 1, and in no mean." in (tmp_path / "report" / "report.md").read_text()
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert f"{failing}: failed: exit code 1." in text
+    assert "At equal steps, seeds that not every shape has finished are in no mean: 44." in text
 
 
 def test_a_run_that_diverges_is_said_as_that(tmp_path):
     diverging = name_of("8x128", "steps", 44)
     assert study(tmp_path, exits={diverging: DIVERGED_CODE}) == 0
-    assert f"{diverging}: diverged, and in no mean." in (tmp_path / "report" / "report.md").read_text()
+    assert f"{diverging}: diverged." in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_a_shape_whose_rates_are_not_all_tried_is_not_compared_until_they_are(tmp_path, capsys):
@@ -138,8 +141,8 @@ def test_a_shape_whose_rates_are_not_all_tried_is_not_compared_until_they_are(tm
     assert [name for name in calls(tmp_path) if name.startswith("8x128-steps")]
     assert f"{failing} failed: exit code 1" in capsys.readouterr().err
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "tune_tokens: no learning rate of 8x128 is settled" in text
-    assert f"{failing} failed: exit code 1." in text
+    assert "At equal tokens no learning rate is settled of 8x128: not compared." in text
+    assert f"{failing}: failed: exit code 1." in text
     assert study(tmp_path) == 0
     assert results_of(tmp_path)["analysis"]["shapes"][0]["at"]["tokens"]["seeds"] == [43, 44, 45]
 
@@ -157,6 +160,30 @@ def test_no_loss_of_one_rate_is_shown_under_another(tmp_path):
         assert about["rate"] == best_rate(about["shape"], about["budget"])
 
 
+def test_a_run_that_ended_as_it_was_stopped_is_finished(tmp_path):
+    """Its result is there, whatever code was kept."""
+    stopped = "tune_tokens/8x128-learning_rate-0.02-seed42"
+    assert study(tmp_path, stops=stopped, stopped_after=True) == 130
+    assert study(tmp_path) == 0
+    assert "## Warnings" not in (tmp_path / "report" / "report.md").read_text()
+    assert calls(tmp_path).count(stopped) == 1
+
+
+def test_a_study_whose_rates_are_not_all_made_is_not_finished(copied, capsys):
+    """As where the machine went down while they were looked for."""
+    name = "tune_steps/8x128-learning_rate-0.02-seed42"
+    shutil.rmtree(copied / name)
+    assert script.main([f"--workdir={copied}", "--report_only"]) == 1
+    assert f"{name} missing" in capsys.readouterr().err
+    assert f"{name}: missing." in (copied / "report" / "report.md").read_text()
+
+
+def test_a_rate_that_changes_is_that_of_every_seed_there_was(tmp_path):
+    assert study(tmp_path, "--limit=3") == 0
+    assert study(tmp_path, "--limit=6", "--seeds=46") == 0
+    assert results_of(tmp_path)["analysis"]["seeds"] == dict.fromkeys(shapes.BUDGETS, [43, 44, 45, 46])
+
+
 def test_a_shape_that_no_rate_fits_is_not_compared(tmp_path):
     names = [f"tune_tokens/2x512-learning_rate-{0.04 * 2.0**k:g}-seed42" for k in range(-6, 7)]
     assert study(tmp_path, exits=dict.fromkeys(names, DIVERGED_CODE)) == 0
@@ -166,7 +193,7 @@ def test_a_shape_that_no_rate_fits_is_not_compared(tmp_path):
     at_tokens = [pair for pair in results["analysis"]["pairs"] if pair["budget"] == "tokens"]
     assert not any("2x512" in (pair["a"], pair["b"]) for pair in at_tokens)
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "tune_tokens: no learning rate of 2x512 is settled" in text
+    assert "At equal tokens no learning rate is settled of 2x512: not compared." in text
     assert "\n| 2x512 | 1,024 | – | – | – | – | 0.04 | 4,096 |" in text
 
 
@@ -288,6 +315,8 @@ def test_time_left_is_that_of_runs_not_made(tmp_path):
     (tmp_path / todo[0].name).mkdir()
     (tmp_path / todo[0].name / "result.json").touch()
     assert script._left(plan, todo) == ", about 50 s left"
+    ledger.write(tmp_path / script.STATE, {"exit_codes": {todo[1].name: DIVERGED_CODE}})
+    assert script._left(plan, todo) == ", about 45 s left"
 
 
 def test_a_shape_is_base_with_its_rows():

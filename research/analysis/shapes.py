@@ -14,14 +14,10 @@ import numpy as np
 
 from research import files
 from research.analysis import shapes_report
-from research.analysis.bootstrap import bootstrap_statistic
-from research.analysis.context import interval
-from research.analysis.pairs import corrected, pair_of, pairs_of, rounded
+from research.analysis.pairs import pairs_of, rounded
 from research.analysis.runs import FINISHED, load, shared_context
 
 BUDGETS = ("tokens", "steps")  # that shapes are compared at
-_SEED = 0  # of the resampling
-
 Losses = Mapping[str, np.ndarray]
 Finished = Mapping[str, Sequence[Mapping[str, Any]]]  # shape -> runs
 
@@ -53,21 +49,25 @@ def analyse(study: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], losses:
     """
     done = [run for run in runs if run["status"] == FINISHED]
     at = {budget: finished_at(study, done, budget) for budget in BUDGETS}
+    pairs = [pair for budget in BUDGETS for pair in _pairs(budget, at, losses)]
     return {
         "context": shared_context(done[0]["result"]["eval"]["contexts"], study["shortest"]) if done else None,
         "targets": len(losses.get("document", ())),
         "documents": len(np.unique(losses.get("document", ()))),
+        "seeds": {budget: seeds_of(at[budget]) for budget in BUDGETS},
         "shapes": [_describe(shape, study, at, losses) for shape in study["shapes"]],
         "lowest": {budget: _lowest(at[budget], losses) for budget in BUDGETS},
-        "pairs": [pair for budget in BUDGETS for pair in _pairs(budget, at, losses)],
-        "choices": [choice for budget in BUDGETS for choice in _choices(budget, at[budget], losses)],
+        "pairs": pairs,
+        "choices": [choice for budget in BUDGETS for choice in _choices(budget, at[budget], pairs)],
         "unfinished": {run["name"]: run["status"] for run in runs if run["status"] != FINISHED},
-        "seconds": round(sum(run["seconds"] or 0 for run in runs), 1),
     }
 
 
 def finished_at(study: Mapping[str, Any], done: Sequence[Mapping[str, Any]], budget: str) -> Finished:
-    """The finished runs of each shape at a budget. The largest steps make equal tokens and equal steps of the same."""
+    """The runs that are compared at a budget, of each shape: of the seeds that all shapes have finished.
+
+    The largest steps make equal tokens and equal steps of the same runs; a shape without any run holds none back.
+    """
     largest = max(rows * length for rows, length in map(sizes, study["shapes"]))
     found: dict[str, list] = {shape: [] for shape in study["shapes"]}
     for run in done:
@@ -75,7 +75,14 @@ def finished_at(study: Mapping[str, Any], done: Sequence[Mapping[str, Any]], bud
         rows, length = sizes(about["shape"])
         if about["budget"] == budget or rows * length == largest:
             found[about["shape"]].append(run)
-    return found
+    seeds = seeds_of(found)
+    return {shape: [run for run in runs if run["result"]["seed"] in seeds] for shape, runs in found.items()}
+
+
+def seeds_of(finished: Finished) -> list[int]:
+    """Those that all shapes have, of the shapes that have any."""
+    each = [{run["result"]["seed"] for run in runs} for runs in finished.values() if runs]
+    return sorted(set.intersection(*each)) if each else []
 
 
 def _describe(shape: str, study: Mapping[str, Any], at: Mapping[str, Finished], losses: Losses) -> dict[str, Any]:
@@ -96,23 +103,27 @@ def _describe(shape: str, study: Mapping[str, Any], at: Mapping[str, Finished], 
 
 
 def _losses(runs: Sequence[Mapping[str, Any]], losses: Losses) -> dict[str, Any] | None:
-    """The mean over seeds at the shared context, with its interval, and at the longest context of its rows."""
+    """The mean over seeds at the shared context, and at the longest context of its rows."""
     if not runs:
         return None
     first = runs[0]["result"]
-    each = np.stack([losses[f"{run['name']}/loss"] for run in runs]).astype(np.float64)
-    found = interval(bootstrap_statistic({"x": each}, losses["document"], lambda means: means["x"], _SEED))
+    each = _by_seed(runs, losses)
     scored = first["eval"]["contexts"]
     reach = max((c for c in scored if not scored[c]["beyond"]), key=int)
     own = [run["result"]["eval"]["contexts"][reach]["loss"] for run in runs]
-    return found | {
-        "sd": _sd(each.mean(axis=1)),
+    return {
+        "mean": rounded(np.mean(each)),
+        "sd": _sd(each),
         "seeds": [run["result"]["seed"] for run in runs],
-        "by_seed": [rounded(loss) for loss in each.mean(axis=1)],
+        "by_seed": [rounded(loss) for loss in each],
         "steps": first["steps"],
         "tokens": first["tokens"],
         "reach": {"context": int(reach), "mean": rounded(np.mean(own)), "sd": _sd(own)},
     }
+
+
+def _by_seed(runs: Sequence[Mapping[str, Any]], losses: Losses) -> list[float]:
+    return [float(losses[f"{run['name']}/loss"].mean(dtype=np.float64)) for run in runs]
 
 
 def _sd(values: Sequence[float]) -> float | None:
@@ -121,25 +132,29 @@ def _sd(values: Sequence[float]) -> float | None:
 
 def _lowest(finished: Finished, losses: Losses) -> dict[str, Any] | None:
     """The shape of the lowest mean loss, `a`, and the next, `b`: loss of a minus that of b, chosen after the fact."""
-    means = {shape: _losses(runs, losses)["mean"] for shape, runs in finished.items() if runs}
+    means = {shape: np.mean(_by_seed(runs, losses)) for shape, runs in finished.items() if runs}
     first = sorted(means, key=means.__getitem__)[:2]
-    pair = pair_of(*first, finished, losses) if len(first) == 2 else None
-    return corrected([pair])[0] if pair else None
+    return pairs_of(finished, losses, [tuple(first)])[0] if len(first) == 2 else None
 
 
 def _pairs(budget: str, at: Mapping[str, Finished], losses: Losses) -> list[dict[str, Any]]:
     """`rows`: as long rows, more of them; `length`: as many rows, longer; `cut`: as many tokens per step, shorter rows.
 
-    Each is loss of `a`, which has the more or longer or shorter rows, minus that of `b`, its neighbour. p values are
-    corrected (Holm) over those of one kind and budget. Cuts of the largest steps are the same at equal steps as at
-    equal tokens, and among the latter alone.
+    Each is loss of `a`, which has the more or longer or shorter rows, minus that of `b`: neighbours, and the two ways
+    from a shape to a larger step. p values are corrected (Holm) over those of one kind and budget.
     """
     there = [shape for shape, runs in at[budget].items() if runs]
-    smaller = [shape for shape in there if budget == "tokens" or at["steps"][shape] != at["tokens"][shape]]
-    entries = []
-    for kind, chosen in (("rows", more_rows(there)), ("length", longer(there)), ("cut", cuts(smaller))):
-        entries += [{"budget": budget, "kind": kind} | pair for pair in pairs_of(at[budget], losses, chosen)]
-    return entries
+    both = ways(there)
+    of_kind = {
+        "rows": more_rows(there) + [(more, base) for base, _, more, _ in both],
+        "length": longer(there) + [(long, base) for base, _, _, long in both],
+        "cut": cuts(there) + [(more, long) for _, _, more, long in both],
+    }
+    return [
+        {"budget": budget, "kind": kind} | pair
+        for kind, chosen in of_kind.items()
+        for pair in pairs_of(at[budget], losses, list(dict.fromkeys(chosen)))
+    ]
 
 
 def more_rows(shapes: Sequence[str]) -> list[tuple[str, str]]:
@@ -162,23 +177,14 @@ def _neighbours(shapes: Sequence[str], alike: Any, by: Any) -> list[tuple[str, s
     return [(b, a) for a, b in itertools.pairwise(rising) if alike(*sizes(a)) == alike(*sizes(b))]
 
 
-def _choices(budget: str, finished: Finished, losses: Losses) -> list[dict[str, Any]]:
-    """From a shape to as many times more tokens per step, in rows or in length: both changes, and rows minus length.
-
-    Over the seeds that all three have; p values are corrected (Holm) over the choices of a budget.
-    """
-    there = [shape for shape, runs in finished.items() if runs]
+def _choices(budget: str, finished: Finished, pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """From a shape to as many times more tokens per step, in rows or in length: both changes, and rows minus length."""
+    of = {(pair["kind"], pair["a"], pair["b"]): pair for pair in pairs if pair["budget"] == budget}
     found = []
-    for base, times, more, longer_ in ways(there):
-        three = [{run["result"]["seed"] for run in finished[shape]} for shape in (base, more, longer_)]
-        seeds = set.intersection(*three)
-        if seeds:
-            legs = {"rows": (more, base), "length": (longer_, base), "cut": (more, longer_)}
-            parts = {name: pair_of(*leg, finished, losses, seeds) for name, leg in legs.items()}
-            about = {"budget": budget, "from": base, "times": times, "more_rows": more, "longer": longer_}
-            found.append(about | parts)
-    for name in ("rows", "length", "cut"):
-        corrected([choice[name] for choice in found])
+    for base, times, more, long in ways([shape for shape, runs in finished.items() if runs]):
+        about = {"budget": budget, "from": base, "times": times, "more_rows": more, "longer": long}
+        parts = {"rows": of["rows", more, base], "length": of["length", long, base], "cut": of["cut", more, long]}
+        found.append(about | parts)
     return found
 
 

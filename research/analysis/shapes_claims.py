@@ -1,7 +1,7 @@
 """Verdicts on what the original claims of the batch by itself, from shapes that differ in their rows alone."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from research.analysis import claims, claims_batch, claims_cost, evidence
@@ -33,7 +33,7 @@ def explores(found: Found) -> Judged:
     tokens = of_kind(found, "tokens", "rows")
     if tokens:
         text += f" After as many tokens, where fewer rows take more steps: {evidence.against(tokens)}."
-    if verdict == FAILS and tokens and all(pair["shown"] and pair["mean"] > 0 for pair in tokens):
+    if verdict == FAILS and tokens and all(answers(found, "tokens")):
         text += " So what fewer rows are ahead by, at equal tokens, is what more steps are worth, not noise."
     return verdict, text
 
@@ -45,20 +45,25 @@ def _after_steps(found: Found) -> Judged:
         return UNTESTED, "No two shapes of one length were trained for as many steps."
     steps = max(shape["at"]["steps"]["steps"] for shape in found["shapes"] if shape["at"]["steps"])
     text = f"After as many steps, {steps:,}, in nats per token: {evidence.against(pairs)}."
-    if min(len(pair["seeds"]) for pair in pairs) < evidence.MIN_SEEDS:
-        return UNTESTED, f"{text} {evidence.MIN_SEEDS} seeds or more would tell."
-    on_edge = {shape["shape"] for shape in found["shapes"] if not shape["rates"]["steps"]["inside"]}
-    answers = [_answer(pair, on_edge) for pair in pairs]
-    if None in answers:
-        text += " Not all are shown at learning rates inside their grids: more seeds, or more rates, would tell."
-    verdict = evidence.judge(answers)
-    return (UNTESTED if None in answers and verdict != CONDITIONS else verdict), text
+    given = answers(found, "steps")
+    if None in given:
+        text += (
+            f" Not all are shown by {evidence.MIN_SEEDS} seeds at learning rates inside their grids: more would tell."
+        )
+    verdict = evidence.judge(given)
+    return (UNTESTED if None in given and verdict != CONDITIONS else verdict), text
 
 
-def _answer(pair: Mapping[str, Any], on_edge: Collection[str]) -> bool | None:
-    """Whether more rows are behind; None where it is not shown, or the one behind may have a better learning rate."""
-    behind = pair["a"] if pair["mean"] > 0 else pair["b"]
-    return pair["mean"] > 0 if pair["shown"] and behind not in on_edge else None
+def answers(found: Found, budget: str) -> list[bool | None]:
+    """Whether more rows are behind fewer, pair by pair at a budget; None where it is not shown, or by too few seeds,
+    or where the one behind may have a better learning rate."""
+    on_edge = {shape["shape"] for shape in found["shapes"] if not shape["rates"][budget]["inside"]}
+    given = []
+    for pair in of_kind(found, budget, "rows"):
+        behind = pair["a"] if pair["mean"] > 0 else pair["b"]
+        shown = pair["shown"] and len(pair["seeds"]) >= evidence.MIN_SEEDS and behind not in on_edge
+        given.append(pair["mean"] > 0 if shown else None)
+    return given
 
 
 def memory_of_batch(found: Found) -> Judged:

@@ -1,9 +1,10 @@
 """The findings of a study of shapes: each sentence is chosen by the numbers of its analysis."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from research.analysis.decomposition import signed
+from research.analysis.evidence import MIN_SEEDS
 from research.analysis.findings import listed
 from research.analysis.shapes_claims import of_kind
 
@@ -15,10 +16,29 @@ Found = Mapping[str, Any]
 def findings(results: Found) -> list[str]:
     """What the numbers say, each sentence chosen by them."""
     found = results["analysis"]
-    if not any(shape["at"][budget] for shape in found["shapes"] for budget in BUDGETS):
+    if not any(found["seeds"].values()):
         return ["No run that compares is finished: nothing is compared.", *_rates(found)]
     said = [sentence for budget in BUDGETS for sentence in (*_lowest(found, budget), *_chosen(found, budget))]
-    return said + _cuts(found) + _rates(found)
+    return _few(found) + said + _cuts(found) + _rates(found)
+
+
+def not_settled(study: Found) -> dict[str, int]:
+    """Runs that look for a learning rate and are neither finished nor diverged: exit code, 0 where not made."""
+    return {
+        f"tune_{budget}/{name}": code
+        for budget, grids in study["grids"].items()
+        for grid in grids.values()
+        for name, code in grid["exit_codes"].items()
+    }
+
+
+def _few(found: Found) -> list[str]:
+    seeds = min(len(seeds) for seeds in found["seeds"].values())
+    if seeds >= MIN_SEEDS:
+        return []
+    return [
+        f"Of {seeds} seed{'s' * (seeds != 1)}: what is said to be shown here may be chance, and no claim is judged."
+    ]
 
 
 def _lowest(found: Found, budget: str) -> list[str]:
@@ -26,11 +46,12 @@ def _lowest(found: Found, budget: str) -> list[str]:
     if not pair:
         return []
     a, b = (next(s for s in found["shapes"] if s["shape"] == pair[name])["at"][budget] for name in ("a", "b"))
-    after = f"{a['tokens']:,} tokens" if budget == "tokens" else f"{a['steps']:,} steps, of {a['tokens']:,} tokens,"
     amount = f"a difference of {signed(pair)}" if pair["shown"] else f"no difference is shown ({signed(pair)})"
+    seen = f" (runs of {a['tokens']:,} and {b['tokens']:,} tokens)" if a["tokens"] != b["tokens"] else ""
+    after = f"{a['tokens']:,} tokens" if budget == "tokens" else f"{a['steps']:,} steps"
     return [
         f"After {after} {pair['a']} has the lowest loss, {a['mean']:.3f} nats per token at context {found['context']}; "
-        f"next is {pair['b']} with {b['mean']:.3f}, {amount}."
+        f"next is {pair['b']} with {b['mean']:.3f}, {amount}{seen}."
     ]
 
 
@@ -45,12 +66,19 @@ def _chosen(found: Found, budget: str) -> list[str]:
         for choice in choices
     )
     times = listed([f"{times:g}" for times in dict.fromkeys(choice["times"] for choice in choices)])
-    rows = [choice for choice in choices if choice["cut"]["shown"] and choice["cut"]["mean"] < 0]
     text = (
         f"At {BUDGETS[budget]}, {times} times as many tokens per step, in more rows or in longer ones, change the loss "
     )
-    text += f"by {'; '.join(each)} nats per token. More rows are the better choice in {len(rows)} of {len(choices)}."
-    return [text]
+    text += f"by {'; '.join(each)} nats per token. More rows are lower than longer ones in"
+    return [f"{text} {_tally([choice['cut'] for choice in choices])}, at context {found['context']}."]
+
+
+def _tally(cuts: Sequence[Found]) -> str:
+    """In how many differences, of rows minus length, rows are shown to be lower, or higher, or neither."""
+    shown = [pair for pair in cuts if pair["shown"]]
+    below = sum(pair["mean"] < 0 for pair in shown)
+    text = f"{below} of {len(cuts)}" + f", higher in {len(shown) - below}" * (below < len(shown))
+    return text + f", not shown to differ in {len(cuts) - len(shown)}" * (len(shown) < len(cuts))
 
 
 def _change(pair: Found) -> str:
@@ -59,16 +87,18 @@ def _change(pair: Found) -> str:
 
 def _cuts(found: Found) -> list[str]:
     """Rows instead of length at as many tokens per step, over all sizes of steps."""
+    largest = max(shape["tokens_per_step"] for shape in found["shapes"])
+    ends = {shape["shape"] for shape in found["shapes"] if shape["tokens_per_step"] == largest}
     said = []
     for budget, words in BUDGETS.items():
         cuts = of_kind(found, budget, "cut")
-        shown = [pair for pair in cuts if pair["shown"]]
-        below = sum(pair["mean"] < 0 for pair in shown)
-        smaller = " but the largest" * (budget == "steps")
-        text = f"Where steps{smaller} hold as many tokens, at {words}, more and shorter rows are lower in {below} of"
-        text += f" {len(cuts)} pairs" + f", higher in {len(shown) - below}" * (below < len(shown))
-        text += f"; of {len(cuts) - len(shown)} no difference is shown" * (len(shown) < len(cuts))
-        said += [f"{text}."] if cuts else []
+        if budget == "steps":  # of the largest they are the same runs, counted at equal tokens
+            cuts = [pair for pair in cuts if pair["a"] not in ends]
+        apart = ", the largest apart," * (budget == "steps")
+        text = (
+            f"Of shapes of as many tokens per step{apart} at {words}, more and shorter rows are lower in {_tally(cuts)}"
+        )
+        said += [f"{text} pairs."] if cuts else []
     return said
 
 

@@ -11,7 +11,7 @@ from research.analysis.page import Table
 from research.analysis.render import Page, Part
 from research.analysis.render import write as write_page
 from research.analysis.shapes_claims import verdicts
-from research.analysis.shapes_findings import BUDGETS, findings
+from research.analysis.shapes_findings import BUDGETS, findings, not_settled
 from research.analysis.tables import verdict
 from research.analysis.tuning_report import losses_table
 
@@ -32,16 +32,16 @@ def write(results: Found, folder: Path) -> None:
     """Draws figures/ and writes report.md and report.html into `folder` from results.json's content."""
     study, found = results["study"], results["analysis"]
     pictures = tuple(shapes_figure.draw(results, folder / "figures"))
-    said = "\n".join(f"- {sentence}" for sentence in findings(results))
+    said, compared = "\n".join(f"- {sentence}" for sentence in findings(results)), any(found["seeds"].values())
     parts = [Part("What was found", said, pictures=pictures, kind="findings")]
-    if pictures:
+    if compared:
         parts.append(Part("Each shape", "", (_losses(study, found),)))
     if found["choices"]:
         parts.append(Part("More rows, or longer ones?", _choice_text(study), (_choices(found),)))
     if found["pairs"]:
         parts.append(Part("Differences", "", (_differences(found),)))
     parts.append(Part("Learning rates", _rates_text(study), _rates_tables(study)))
-    if pictures:
+    if compared:
         parts.append(Part("What a step costs", "", (_costs(found),)))
     parts.append(Part("What the original claims of the batch", _claims_text(), verdicts=tuple(verdicts(found))))
     if warnings := _warnings(study, found):
@@ -62,24 +62,38 @@ def write(results: Found, folder: Path) -> None:
 
 def _warnings(study: Found, found: Found) -> list[str]:
     """What is missing from the means."""
-    said = [f"tune_{budget}: no learning rate of {listed(names)} is settled: it is not compared there."
-            for budget, grids in study["grids"].items()
-            if (names := [shape for shape, grid in grids.items() if grid["best"] is None])]  # fmt: skip
-    said += [f"{name} failed: exit code {code}." for name, code in study["failed"].items()]
+    said = []
+    for budget, grids in study["grids"].items():
+        if names := [shape for shape, grid in grids.items() if grid["best"] is None]:
+            said.append(f"At {BUDGETS[budget]} no learning rate is settled of {listed(names)}: not compared.")
+    for name, code in not_settled(study).items():
+        said.append(f"{name}: " + (f"failed: exit code {code}." if code else "missing."))
     by_status: dict[str, list[str]] = {}
     for name, status in found["unfinished"].items():
         by_status.setdefault(status, []).append(name)
-    return said + [f"{listed(names)}: {status}, and in no mean." for status, names in by_status.items()]
+    said += [f"{listed(names)}: {status}." for status, names in by_status.items()]
+    planned = sorted({about["seed"] for about in study["compared"].values()})
+    for budget, seeds in found["seeds"].items():
+        if left := [str(seed) for seed in planned if seed not in seeds]:
+            said.append(
+                f"At {BUDGETS[budget]}, seeds that not every shape has finished are in no mean: {listed(left)}."
+            )
+    return said
 
 
 def _facts(results: Found) -> list[tuple[str, str]]:
     study, found = results["study"], results["analysis"]
     runs = [run for run in results["runs"] if run["result"]]
-    seeds = sorted({about["seed"] for about in study["compared"].values()})
+    seeds = sorted({seed for seeds in found["seeds"].values() for seed in seeds})
+    fields = {name: value for name, value in study["overrides"].items() if name != "train.tokens"}
     facts = [
         ("shapes (rows x tokens)", ", ".join(study["shapes"])),
-        ("fields of all runs", ", ".join(f"{name} {value}" for name, value in study["overrides"].items()) or "none"),
-        ("runs", f"{len(runs)} of {len(results['runs'])} finished, seeds {listed(list(map(str, seeds)))}"),
+        ("a run", f"{study['tokens']:,} tokens, or {study['steps']:,} steps"),
+        ("fields of all runs", ", ".join(f"{name} {value}" for name, value in fields.items()) or "none"),
+        (
+            "runs",
+            f"{len(runs)} of {len(results['runs'])} finished; seeds compared: {', '.join(map(str, seeds)) or 'none'}",
+        ),
     ]
     if runs:
         first = runs[0]["result"]
@@ -141,18 +155,21 @@ def _choices(found: Found) -> Table:
         (
             BUDGETS[choice["budget"]],
             f"{choice['from']}, {choice['times']:g} times",
-            f"{choice['more_rows']}: {signed(choice['rows'])}",
-            f"{choice['longer']}: {signed(choice['length'])}",
-            signed(choice["cut"]) + ("" if choice["cut"]["shown"] else " (not shown)"),
+            f"{choice['more_rows']}: {_marked(choice['rows'])}",
+            f"{choice['longer']}: {_marked(choice['length'])}",
+            _marked(choice["cut"]),
         )
         for choice in found["choices"]
     )
     note = (
-        f"Change of the loss at context {found['context']}, nats per token [{_sampled(found)}], over the seeds that "
-        "all three shapes have; from each shape by the least times that there are both. What is shown is so after "
-        "Holm's correction over the choices at one budget."
+        f"Change of the loss at context {found['context']}, nats per token [{_sampled(found)}], from each shape by "
+        "the least times that there are both; corrected as in the table below."
     )
     return Table(("at", "from", "in rows", "in length", "rows minus length"), rows, note)
+
+
+def _marked(pair: Found) -> str:
+    return signed(pair) + ("" if pair["shown"] else " (not shown)")
 
 
 def _differences(found: Found) -> Table:
@@ -164,9 +181,9 @@ def _differences(found: Found) -> Table:
         for pair in found["pairs"]
     )  # fmt: skip
     note = (
-        f"Nats per token at context {found['context']} [{_sampled(found)}]; neighbours alone. p after Holm's "
-        "correction over the pairs of one kind at one budget. The largest steps are the same runs at both budgets: how "
-        "they are cut is compared at equal tokens."
+        f"Nats per token at context {found['context']} [{_sampled(found)}]; neighbours, and the ways to larger steps. "
+        "p after Holm's correction over the pairs of one kind at one budget. The largest steps are the same runs at "
+        "both budgets."
     )
     return Table(("at", "what differs", "difference", "nats per token [95 %]", "p (Holm)", "lower loss"), rows, note)
 
@@ -177,11 +194,11 @@ def _sampled(found: Found) -> str:
 
 def _rates_text(study: Found) -> str:
     return (
-        f"Chosen on seed {study['seed']}, which compares nothing here, by the loss on the targets that are compared, "
-        f"after {study['tokens']:,} tokens and after {study['steps']:,} steps; intervals do not hold this choice. One "
-        f"field, `{study['field']}`, was searched. What else depends on the size of a step is as the config says: the "
-        "other learning rate, where there is one, weight decay, clipping, the share of the steps that warm-up takes, "
-        "and how many steps averages remember."
+        f"Chosen on seed {study['seed']}, which compares nothing here, by the loss at the context that is compared "
+        f"(with all its own context a shape may do better at another), after {study['tokens']:,} tokens and after "
+        f"{study['steps']:,} steps; intervals do not hold this choice. One field, `{study['field']}`, was searched. "
+        "What else depends on the size of a step is as the config says: the other learning rate, where there is one, "
+        "weight decay, clipping, the share of the steps that warm-up takes, and how many steps averages remember."
     )
 
 
@@ -224,7 +241,7 @@ def _cost(shape: Found, columns: int) -> tuple[str, ...]:
 
 def _claims_text() -> str:
     return (
-        "Three of the original's claims are of the batch by itself, which its strategies never varied. The verdict is "
+        "Three of the original's claims of the batch by itself, which its strategies never varied. The verdict is "
         "chosen by a rule over the differences of shapes of one length; what holds here holds for this text, these "
         "shapes, and so many steps."
     )
