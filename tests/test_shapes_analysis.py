@@ -144,16 +144,16 @@ def test_findings_say_what_the_numbers_say(finished):
     assert said[0].startswith("After 65,536 tokens 128x128 has the lowest loss, ")
     assert "; next is 32x128 with " in said[0]
     assert said[1].startswith(
-        "At equal tokens, 4 times as many tokens per step, in more rows or in longer ones, change"
+        "At equal tokens, 4 times as many tokens per step, in rows or in length, change the loss by "
     )
-    assert said[1].endswith("More rows are lower than longer ones in 2 of 2, at context 96.")
+    assert said[1].endswith("Of these 2 choices more rows are lower in 2.")
     assert said[2].startswith("After 4 steps 128x128 has the lowest loss, ")
     assert said[2].endswith(" (runs of 65,536 and 16,384 tokens).")
     assert " by -0.3" in said[3]
-    assert said[4].endswith("more and shorter rows are lower in 3 of 3 pairs.")
+    assert said[4].endswith("more and shorter rows are lower in 3.")
     assert said[5] == (
-        "Of shapes of as many tokens per step, the largest apart, at equal steps, more and shorter rows are lower in 2 "
-        "of 2 pairs."
+        "Of the 2 pairs of shapes of as many tokens per step, the largest apart, at equal steps, more and shorter rows "
+        "are lower in 2."
     )
     assert said[6].startswith("Best learning rates at equal tokens: of 1,024 tokens per step 8x128 0.02, 2x512 0.02; ")
     assert said[7].startswith("Best learning rates at equal steps: of 1,024 tokens per step 8x128 0.04, 2x512 0.04; ")
@@ -161,8 +161,8 @@ def test_findings_say_what_the_numbers_say(finished):
 
 def test_a_tally_tells_lower_higher_and_neither_apart():
     pairs = [entry(-0.1), entry(-0.2), entry(0.1), entry(0.1, shown=False)]
-    assert shapes_findings._tally(pairs) == "2 of 4, higher in 1, not shown to differ in 1"
-    assert shapes_findings._tally(pairs[:2]) == "2 of 2"
+    assert shapes_findings._tally(pairs) == "2, higher in 1, not shown to differ in 1"
+    assert shapes_findings._tally(pairs[:2]) == "2"
 
 
 def test_the_lowest_is_said_to_be_so_only_where_it_is_shown(finished):

@@ -66,18 +66,16 @@ def _chosen(found: Found, budget: str) -> list[str]:
         for choice in choices
     )
     times = listed([f"{times:g}" for times in dict.fromkeys(choice["times"] for choice in choices)])
-    text = (
-        f"At {BUDGETS[budget]}, {times} times as many tokens per step, in more rows or in longer ones, change the loss "
-    )
-    text += f"by {'; '.join(each)} nats per token. More rows are lower than longer ones in"
-    return [f"{text} {_tally([choice['cut'] for choice in choices])}, at context {found['context']}."]
+    text = f"At {BUDGETS[budget]}, {times} times as many tokens per step, in rows or in length, change the loss "
+    text += f"by {'; '.join(each)} nats per token. Of these {len(choices)} choices more rows are"
+    return [f"{text} lower in {_tally([choice['cut'] for choice in choices])}."]
 
 
 def _tally(cuts: Sequence[Found]) -> str:
-    """In how many differences, of rows minus length, rows are shown to be lower, or higher, or neither."""
+    """In how many differences, of rows minus length, rows are shown to be lower; and higher, or neither."""
     shown = [pair for pair in cuts if pair["shown"]]
     below = sum(pair["mean"] < 0 for pair in shown)
-    text = f"{below} of {len(cuts)}" + f", higher in {len(shown) - below}" * (below < len(shown))
+    text = f"{below}" + f", higher in {len(shown) - below}" * (below < len(shown))
     return text + f", not shown to differ in {len(cuts) - len(shown)}" * (len(shown) < len(cuts))
 
 

@@ -241,7 +241,7 @@ def _cost(shape: Found, columns: int) -> tuple[str, ...]:
 
 def _claims_text() -> str:
     return (
-        "Three of the original's claims of the batch by itself, which its strategies never varied. The verdict is "
-        "chosen by a rule over the differences of shapes of one length; what holds here holds for this text, these "
-        "shapes, and so many steps."
+        "Three of the original's claims about the batch by itself, which its own strategies never varied, are judged "
+        "here, by a rule over the differences of shapes of one length. What holds here holds for this text, these "
+        "shapes and so many steps."
     )
