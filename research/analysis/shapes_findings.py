@@ -93,10 +93,8 @@ def _cuts(found: Found) -> list[str]:
         if budget == "steps":  # of the largest they are the same runs, counted at equal tokens
             cuts = [pair for pair in cuts if pair["a"] not in ends]
         apart = ", the largest apart," * (budget == "steps")
-        text = (
-            f"Of shapes of as many tokens per step{apart} at {words}, more and shorter rows are lower in {_tally(cuts)}"
-        )
-        said += [f"{text} pairs."] if cuts else []
+        pairs = f"Of the {len(cuts)} pairs of shapes of as many tokens per step{apart} at {words}"
+        said += [f"{pairs}, more and shorter rows are lower in {_tally(cuts)}."] if cuts else []
     return said
 
 
