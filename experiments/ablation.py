@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from experiments.child import Interrupted, checked, run_child
+from experiments.child import Interrupted, checked, exit_code, run_child
 from experiments.flags import OVERRIDES, Parser, as_folder, load_config, make_folder
 from experiments.strategies import HELP, STRATEGIES, config_file, load_strategy, names, shape_flags
 from research import sizes
@@ -59,30 +59,26 @@ def main(
     check: Sequence[str] = CHECK,
 ) -> int:
     """The exit code. `train` and `check` are the commands of the child processes; tests give others."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    try:
-        arguments = parse(argv)
-        if arguments.report_only:
-            return report_only(arguments.workdir)
-        planned = plan(arguments)
-        if arguments.check_only:
-            return checked(lambda: check_all(planned, arguments.workdir))
-        if arguments.dry_run:
-            print("\n".join(shlex.join(run.command(train, arguments.workdir)) for run in planned))
-            return 0
-        recorded(arguments.workdir)  # a damaged one is said before anything runs
-        # In a child, so that this process holds no accelerator while the runs need it.
-        if code := run_child([*check, *argv]):
-            return code
-        make_folder(arguments.workdir)
-        run_all(planned, arguments.workdir, train)
-        return write_report(arguments.workdir)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
-        return stopped.code
+    return exit_code(lambda: _study(sys.argv[1:] if argv is None else list(argv), train, check))
+
+
+def _study(argv: list[str], train: Sequence[str], check: Sequence[str]) -> int:
+    arguments = parse(argv)
+    if arguments.report_only:
+        return report_only(arguments.workdir)
+    planned = plan(arguments)
+    if arguments.check_only:
+        return checked(lambda: check_all(planned, arguments.workdir))
+    if arguments.dry_run:
+        print("\n".join(shlex.join(run.command(train, arguments.workdir)) for run in planned))
+        return 0
+    recorded(arguments.workdir)  # a damaged one is said before anything runs
+    # In a child, so that this process holds no accelerator while the runs need it.
+    if code := run_child([*check, *argv]):
+        return code
+    make_folder(arguments.workdir)
+    run_all(planned, arguments.workdir, train)
+    return write_report(arguments.workdir)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from research import signals
+from research.config import ConfigError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
@@ -56,6 +57,18 @@ def ended_with_us() -> Callable[[], Any] | None:
         return None
     prctl = ctypes.CDLL(None).prctl  # found now: between fork and exec little is allowed
     return lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def exit_code(study: Callable[[], int]) -> int:
+    """Of a study; a mistake in its config is one line and 2, a signal that stopped a run is said, with that run's."""
+    try:
+        return study()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.code
 
 
 def checked(check: Callable[[], int]) -> int:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import ledger, tune
-from experiments.child import Interrupted, checked, run_child
+from experiments.child import checked, exit_code, run_child
 from experiments.flags import OVERRIDES, Parser, as_folder, make_folder
 from experiments.shapes_plan import (
     Plan,
@@ -49,35 +49,31 @@ DEFAULTS = {"optimizer.schedule": "cosine"}  # of all runs, unless they are give
 
 def main(argv: Sequence[str] | None = None, train: Sequence[str] = TRAIN, check: Sequence[str] = CHECK) -> int:
     """The exit code. `train` and `check` are the commands of the child processes; tests give others."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    try:
-        arguments, given = parse(argv)
-        if arguments.report_only:
-            return report_only(arguments.workdir)
-        plan = make_plan(arguments, DEFAULTS | given)
-        state = refuse_another(plan)
-        plan = replace(plan, seeds=tuple(dict.fromkeys([*state.get("seeds", ()), *plan.seeds])))
-        if arguments.dry_run:
-            print("\n".join(describe(plan, train)))
-            return 0
-        if arguments.check_only:
-            return checked(lambda: check_all(plan))
-        tuned = {budget: tune.refuse_another(plan.tunes[budget]) for budget in plan.tunes}
-        # In a child, so that this process holds no accelerator while the runs need it.
-        if code := run_child([*check, *argv]):
-            return code
-        begin(plan, state, tuned)
-        for budget, tuning in plan.tunes.items():
-            print(f"learning rates at equal {budget}", flush=True)
-            tune.run_all(tuning, train)
-        compare(plan, train)
-        return report_only(plan.workdir)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
-        return stopped.code
+    return exit_code(lambda: _study(sys.argv[1:] if argv is None else list(argv), train, check))
+
+
+def _study(argv: list[str], train: Sequence[str], check: Sequence[str]) -> int:
+    arguments, given = parse(argv)
+    if arguments.report_only:
+        return report_only(arguments.workdir)
+    plan = make_plan(arguments, DEFAULTS | given)
+    state = refuse_another(plan)
+    plan = replace(plan, seeds=tuple(dict.fromkeys([*state.get("seeds", ()), *plan.seeds])))
+    if arguments.dry_run:
+        print("\n".join(describe(plan, train)))
+        return 0
+    if arguments.check_only:
+        return checked(lambda: check_all(plan))
+    tuned = {budget: tune.refuse_another(plan.tunes[budget]) for budget in plan.tunes}
+    # In a child, so that this process holds no accelerator while the runs need it.
+    if code := run_child([*check, *argv]):
+        return code
+    begin(plan, state, tuned)
+    for budget, tuning in plan.tunes.items():
+        print(f"learning rates at equal {budget}", flush=True)
+        tune.run_all(tuning, train)
+    compare(plan, train)
+    return report_only(plan.workdir)
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
@@ -183,8 +179,8 @@ def _conclude(folder: Path) -> int:
     results = shapes.write(folder)
     print("\n" + "\n".join(f"- {said}" for said in shapes_findings.findings(results)))
     code, left = ledger.conclude(results["runs"], folder), shapes_findings.not_settled(results["study"])
-    for name, exit_code in left.items():
-        print(f"{name} {f'failed: exit code {exit_code}' if exit_code else 'missing'}", file=sys.stderr)
+    for name, failed in left.items():
+        print(f"{name} {f'failed: exit code {failed}' if failed else 'missing'}", file=sys.stderr)
     return next((failed for failed in left.values() if failed), code or int(bool(left)))
 
 

@@ -24,7 +24,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments import grid, ledger
-from experiments.child import Interrupted, checked, run_child
+from experiments.child import checked, exit_code, run_child
 from experiments.flags import OVERRIDES, Parser, as_folder, make_folder
 from experiments.strategies import HELP, STRATEGIES, flags, load_strategy, names, train_command
 from research.analysis import runs, tuning, tuning_report
@@ -59,33 +59,29 @@ class Plan:
 
 def main(argv: Sequence[str] | None = None, train: Sequence[str] = TRAIN, check: Sequence[str] = CHECK) -> int:
     """The exit code. `train` and `check` are the commands of the child processes; tests give others."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    try:
-        arguments, given = parse(argv)
-        if arguments.report_only:
-            return report_only(arguments.workdir)
-        about = (getattr(arguments, name) for name in ("workdir", "scale", "strategies", "field", "limit"))
-        plan = make_plan(*about, given)
-        if arguments.dry_run:
-            for strategy, middle in plan.given.items():
-                print("\n".join(shlex.join(command(plan, strategy, value, train)) for value in grid.first(middle)))
-            print(f"# and outwards while the best lies on the edge, to {plan.limit} values of a strategy at most")
-            return 0
-        if arguments.check_only:
-            return checked(lambda: check_all(plan))
-        state = refuse_another(plan)
-        # In a child, so that this process holds no accelerator while the runs need it.
-        if code := run_child([*check, *argv]):
-            return code
-        begin(plan, state)
-        run_all(plan, train)
-        return report_only(plan.workdir)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
-        return stopped.code
+    return exit_code(lambda: _study(sys.argv[1:] if argv is None else list(argv), train, check))
+
+
+def _study(argv: list[str], train: Sequence[str], check: Sequence[str]) -> int:
+    arguments, given = parse(argv)
+    if arguments.report_only:
+        return report_only(arguments.workdir)
+    about = (getattr(arguments, name) for name in ("workdir", "scale", "strategies", "field", "limit"))
+    plan = make_plan(*about, given)
+    if arguments.dry_run:
+        for strategy, middle in plan.given.items():
+            print("\n".join(shlex.join(command(plan, strategy, value, train)) for value in grid.first(middle)))
+        print(f"# and outwards while the best lies on the edge, to {plan.limit} values of a strategy at most")
+        return 0
+    if arguments.check_only:
+        return checked(lambda: check_all(plan))
+    state = refuse_another(plan)
+    # In a child, so that this process holds no accelerator while the runs need it.
+    if code := run_child([*check, *argv]):
+        return code
+    begin(plan, state)
+    run_all(plan, train)
+    return report_only(plan.workdir)
 
 
 def run_all(plan: Plan, train: Sequence[str]) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 from configs.waterfall import SCALES, STRATEGIES
 from experiments import ledger
 from experiments import waterfall_plan as plans
-from experiments.child import Interrupted, checked, run_child
+from experiments.child import checked, exit_code, run_child
 from experiments.flags import OVERRIDES, Parser, as_folder, load_config, make_folder
 from experiments.waterfall_plan import STAGES, Losses, Plan, Run
 from research.analysis import runs, waterfall, waterfall_report
@@ -35,33 +35,29 @@ STATE = "waterfall.json"  # what the study is, and how each run ended
 
 def main(argv: Sequence[str] | None = None, train: Sequence[str] = TRAIN, check: Sequence[str] = CHECK) -> int:
     """The exit code. `train` and `check` are the commands of the child processes; tests give others."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    try:
-        arguments, given = parse(argv)
-        if arguments.report_only:
-            return report_only(arguments.workdir)
-        scale = "smoke" if arguments.smoke else arguments.scale
-        plan = plans.make_plan(arguments.workdir, scale, given, arguments.seeds, arguments.until)
-        if arguments.dry_run:
-            print("\n".join(plans.describe(plan, train)))
-            return 0
-        if arguments.check_only:
-            return checked(lambda: check_all(plan))
-        refuse_another(plan)
-        # In a child, so that this process holds no accelerator while the runs need it.
-        if code := run_child([*check, *argv]):
-            return code
-        make_folder(plan.workdir)
-        claim(plan)
-        for number in range(len(plan.stages)):
-            run_stage(plan, number, train)
-        return write_report(plan)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
-        return stopped.code
+    return exit_code(lambda: _study(sys.argv[1:] if argv is None else list(argv), train, check))
+
+
+def _study(argv: list[str], train: Sequence[str], check: Sequence[str]) -> int:
+    arguments, given = parse(argv)
+    if arguments.report_only:
+        return report_only(arguments.workdir)
+    scale = "smoke" if arguments.smoke else arguments.scale
+    plan = plans.make_plan(arguments.workdir, scale, given, arguments.seeds, arguments.until)
+    if arguments.dry_run:
+        print("\n".join(plans.describe(plan, train)))
+        return 0
+    if arguments.check_only:
+        return checked(lambda: check_all(plan))
+    refuse_another(plan)
+    # In a child, so that this process holds no accelerator while the runs need it.
+    if code := run_child([*check, *argv]):
+        return code
+    make_folder(plan.workdir)
+    claim(plan)
+    for number in range(len(plan.stages)):
+        run_stage(plan, number, train)
+    return write_report(plan)
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:

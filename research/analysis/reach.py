@@ -56,20 +56,22 @@ def tables(analysis: dict[str, Any]) -> list[Table]:
     pairs = (analysis.get("reach") or {}).get("pairs", ())
     if not pairs:
         return []
-    rows = tuple(
-        (
-            e["setting"],
-            f"{e['a']} at {e['context_a']:,}",
-            f"{e['b']} at {e['context_b']:,}",
-            signed(e),
-            "–" if e["p_holm"] is None else f"{e['p_holm']:.2g}",
-            (e["a"] if e["mean"] < 0 else e["b"]) if e["shown"] else "no difference shown",
-        )
-        for e in pairs
-    )
+    rows = tuple(beside(e["setting"], e) for e in pairs)
     note = (
         "The same targets, each strategy with all the context that it was trained at: what a reader of long documents "
         f"would choose by. Nats per token [{sampled(e['seeds'] for e in pairs)}]; p after Holm's correction within "
         "an order, for rows that grow apart."
     )
     return [Table(("order", "first", "second", "first minus second [95 %]", "p (Holm)", "lower loss"), rows, note)]
+
+
+def beside(setting: str, pair: dict[str, Any]) -> tuple[str, ...]:
+    """The row of a table: a strategy and another, each at a context of its own, and their difference."""
+    return (
+        setting,
+        f"{pair['a']} at {pair['context_a']:,}",
+        f"{pair['b']} at {pair['context_b']:,}",
+        signed(pair),
+        "–" if pair["p_holm"] is None else f"{pair['p_holm']:.2g}",
+        (pair["a"] if pair["mean"] < 0 else pair["b"]) if pair["shown"] else "no difference shown",
+    )

@@ -15,6 +15,7 @@ from research.analysis.bootstrap import hierarchical_bootstrap
 from research.analysis.context import corrected, difference, rounded
 from research.analysis.decomposition import sampled, signed
 from research.analysis.page import Table
+from research.analysis.reach import beside
 from research.analysis.study import Arm
 
 GROUPS = ("near", "far", "elsewhere")
@@ -103,18 +104,7 @@ def tables(analysis: Mapping[str, Any]) -> list[Table]:
 
 def _far_table(entries: Sequence[Mapping[str, Any]]) -> list[Table]:
     """Strategies against each other where the pair is beyond the reach of one of them."""
-    rows = tuple(
-        (
-            e["setting"],
-            f"{pair['a']} at {pair['context_a']:,}",
-            f"{pair['b']} at {pair['context_b']:,}",
-            signed(pair),
-            "–" if pair["p_holm"] is None else f"{pair['p_holm']:.2g}",
-            (pair["a"] if pair["mean"] < 0 else pair["b"]) if pair["shown"] else "no difference shown",
-        )
-        for e in entries
-        for pair in e["against"]
-    )
+    rows = tuple(beside(e["setting"], pair) for e in entries for pair in e["against"])
     note = (
         "On the targets whose pair is far for the first, out of the second's reach or partly so; each with all its "
         f"context. Nats per token [{sampled(e['seeds'] for e in entries)}]; p after Holm's correction within an order, "

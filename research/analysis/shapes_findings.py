@@ -33,7 +33,7 @@ def not_settled(study: Found) -> dict[str, int]:
 
 
 def _few(found: Found) -> list[str]:
-    seeds = min(len(seeds) for seeds in found["seeds"].values())
+    seeds = min(len(seeds) for seeds in found["seeds"].values() if seeds)
     if seeds >= MIN_SEEDS:
         return []
     return [
