@@ -11,7 +11,7 @@ from typing import Any
 from experiments.child import Interrupted, run_child
 from research import files
 from research.analysis import archive
-from research.analysis.runs import DIVERGED, DIVERGED_CODE, FINISHED
+from research.analysis.runs import DIVERGED, DIVERGED_CODE, FINISHED, finished
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def ensure(path: Path, name: str, command: Sequence[str], title: str) -> None:
     One that fails is said and recorded, and stops nothing. Raises: Interrupted when a signal stopped it.
     """
     folder, state = path.parent / name, read(path)
-    if (folder / "result.json").exists() or state["exit_codes"].get(name) == DIVERGED_CODE:
+    if finished(folder) or state["exit_codes"].get(name) == DIVERGED_CODE:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # no one goes on with a finished run
         return
     print(title, flush=True)

@@ -119,7 +119,7 @@ def _left(plan: Plan, todo: Sequence[Run]) -> str:
     for run in todo:
         tuning = plan.tunes[run.budget]
         took = ledger.read(tuning.workdir / tune.STATE)["seconds"]
-        made = (plan.workdir / run.name / "result.json").exists() or codes.get(run.name) == runs.DIVERGED_CODE
+        made = runs.finished(plan.workdir / run.name) or codes.get(run.name) == runs.DIVERGED_CODE
         seconds += 0.0 if made else took.get(tune.run_name(tuning, run.shape, run.rate), 0.0)
     return f", about {duration(seconds)} left" if seconds else ""
 

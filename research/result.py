@@ -168,9 +168,9 @@ def _write_losses(this: "Run", scores: dict[str, Scores]) -> None:
 
 
 def read(workdir: str) -> dict[str, Any] | None:
-    """The result of a finished run, or None."""
+    """The result of a finished run, or None; it has its losses beside it."""
     path = os.path.join(workdir, "result.json")
-    if not os.path.exists(path):
+    if not all(os.path.exists(os.path.join(workdir, name)) for name in ("result.json", "heldout_losses.npz")):
         return None
     with open(path) as file:
         try:

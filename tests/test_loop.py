@@ -71,10 +71,15 @@ def test_a_step_without_a_target_is_said_to_be_one():
 
 
 def test_a_damaged_result_is_made_again_and_a_run_without_its_rows_is_refused(tmp_path, monkeypatch, caplog):
+    (tmp_path / "heldout_losses.npz").touch()
     for damaged in ('{"status": "fini', "[]", "{}", "3"):
         caplog.clear()
         (tmp_path / "result.json").write_text(damaged)
         assert train.result.read(str(tmp_path)) is None and "damaged" in caplog.text
+    (tmp_path / "result.json").write_text('{"status": "finished"}')
+    assert train.result.read(str(tmp_path)) == {"status": "finished"}
+    (tmp_path / "heldout_losses.npz").unlink()
+    assert train.result.read(str(tmp_path)) is None  # what it found is gone: it is made again
     (tmp_path / "metrics.jsonl").write_text("")
     this = SimpleNamespace(config=base.get_config("cpu"), workdir=str(tmp_path), num_steps=80, tokens_per_step=8)
     this.stages = (stages.Stage(0, 80, 2, 4),)

@@ -313,7 +313,8 @@ def test_time_left_is_that_of_runs_not_made(tmp_path):
         ledger.write(tmp_path / budget / tune.STATE, {"seconds": took})
     assert script._left(plan, todo) == ", about 95 s left"
     (tmp_path / todo[0].name).mkdir()
-    (tmp_path / todo[0].name / "result.json").touch()
+    for name in ("result.json", "heldout_losses.npz"):
+        (tmp_path / todo[0].name / name).touch()
     assert script._left(plan, todo) == ", about 50 s left"
     ledger.write(tmp_path / script.STATE, {"exit_codes": {todo[1].name: DIVERGED_CODE}})
     assert script._left(plan, todo) == ", about 45 s left"

@@ -237,13 +237,13 @@ def entry(mean: float = -0.2, shown: bool = True, seeds: int = 3, **fields) -> d
     return about | {"seeds": list(range(seeds))} | fields
 
 
-def found_of(pairs: list[dict], inside: bool = True) -> dict:
+def found_of(pairs: list[dict], inside: bool = True, passes: float | None = 0.4) -> dict:
     at = {"steps": {"steps": 40}}
     shapes_ = [
         {"shape": name, "at": at, "rates": {budget: {"inside": inside or name == "4x8"} for budget in shapes.BUDGETS}}
         for name in ("1x8", "4x8")
     ]
-    return {"pairs": pairs, "shapes": shapes_}
+    return {"pairs": pairs, "shapes": shapes_, "passes": passes}
 
 
 @pytest.mark.parametrize(
@@ -279,6 +279,14 @@ def test_what_more_steps_are_worth_is_said_only_where_fewer_rows_are_ahead_at_eq
     assert said not in shapes_claims.explores(found_of([entry(), entry(0.1, seeds=2, budget="tokens")]))[1]
     assert said not in shapes_claims.explores(found_of([entry()]))[1]
     assert "After as many steps, 40, in nats" in shapes_claims.progress(found_of([entry()]))[1]
+
+
+@pytest.mark.parametrize(("passes", "said"), [(0.4, True), (1.0, True), (1.1, False), (None, False)])
+def test_that_rows_differ_in_noise_alone_is_said_within_one_pass(passes, said):
+    text = shapes_claims.explores(found_of([entry()], passes=passes))[1]
+    assert ("change nothing but the noise" in text) is said
+    text = shapes_claims.explores(found_of([entry(budget="tokens")], passes=passes))[1]
+    assert "change nothing but the noise" not in text  # none was trained for as many steps
 
 
 def memories(*bytes_: float, devices: tuple[int, ...] = (2, 2, 2)) -> dict:

@@ -334,3 +334,23 @@ def test_a_dry_run_names_the_first_values_and_runs_nothing(tmp_path, capsys):
     values = [line.split("--config.optimizer.learning_rate=")[1].split()[0] for line in lines[:3]]
     assert [float(value) for value in values] == [0.04, 0.02, 0.08] and "6 values" in lines[3]
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "{}", '{"status": "fini'])
+def test_a_damaged_result_is_one_line_and_made_again_where_it_is_removed(tmp_path, capsys, damage):
+    study = tmp_path / "study"
+    study.mkdir()
+    assert tune(study, "--strategies=balanced") == 0
+    run, calls = study / "balanced-learning_rate-0.04-seed42", study / "calls"
+    begun = calls.read_text()
+    (run / "result.json").write_text(damage)
+    capsys.readouterr()
+    assert tune(study, "--strategies=balanced") == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "result.json" in err and "remove it and run it again" in err
+    for name in ("result.json", "heldout_losses.npz"):
+        (run / name).unlink()
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+        assert tune(study, "--strategies=balanced") == 0
+        begun += f"{run.name}\n"
+        assert calls.read_text() == begun

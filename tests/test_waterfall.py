@@ -423,6 +423,8 @@ def write_run(folder: Path, strategy: str, fields: dict[str, str]) -> None:
         "tokens_per_step": rows * length, "steps": 24, "tokens": 24 * rows * length,
         "train_tokens": int(fields["data.max_tokens"]) or 90_000, "unigram_entropy": 5.9, "train_loss_last": own,
         "parameters": {"total": 4_985_472, "active": 1_839_744}, "corpus": "stdlib", "device": "a processor",
+        "strategy": strategy, "flops": 1e12, "fingerprint": "the text", "seconds": {}, "tokens_per_second": 1e4,
+        "step_seconds": {}, "memory_bytes": {}, "jax": "0.10.2", "date": "2026-11-28",
         "eval": {
             "own": {"loss": own, "accuracy": 0.9},
             "contexts": {

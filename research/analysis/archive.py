@@ -22,7 +22,7 @@ from research.config import ConfigError, differences
 LOSSES_LIMIT = 1_000_000  # bytes of heldout_losses.npz above which losses are kept as float16
 _TRAIN_ROWS = 100  # of a curve; more are not seen in a figure
 _AXES = ("step", "tokens", "flops", "train_seconds")
-_NEEDED = frozenset(
+NEEDED = frozenset(  # of result.json
     {"strategy", "protocol", "seed", "batch_size", "seq_len", "tokens_per_step", "steps", "tokens", "flops"}
     | {"parameters", "corpus", "fingerprint", "train_tokens", "unigram_entropy", "seconds", "eval"}
     | {"tokens_per_second", "step_seconds", "memory_bytes", "device", "jax", "date"}
@@ -89,12 +89,12 @@ def _refuse_unlike(runs: Sequence[Run], workdir: Path) -> None:
 
 def _read_run(folder: Path, key: Key) -> Run:
     result = read_json(folder / "result.json")
-    if absent := sorted(_NEEDED - result.keys()):
-        raise _damaged(folder / "result.json", f"has no {absent[0]!r}")
+    if absent := sorted(NEEDED - result.keys()):
+        raise damaged(folder / "result.json", f"has no {absent[0]!r}")
     config = _without_folders(read_json(folder / "config.json"))
     arrays = _read_arrays(folder / "heldout_losses.npz")
     if absent := sorted({"document", "position"} - arrays.keys()):
-        raise _damaged(folder / "heldout_losses.npz", f"has no {absent[0]!r}")
+        raise damaged(folder / "heldout_losses.npz", f"has no {absent[0]!r}")
     if "own_loss" in arrays:
         own = [arrays.pop(name) for name in ("own_loss", "own_document", "own_place")]
         arrays |= context.bin_own(*own)
@@ -120,7 +120,7 @@ def _read_curve(path: Path) -> tuple[dict[str, float], ...]:
         except json.JSONDecodeError as error:
             if number == len(lines):
                 break  # the last line of a run that was stopped while writing it
-            raise _damaged(path, f"line {number} is not JSON ({error})") from None
+            raise damaged(path, f"line {number} is not JSON ({error})") from None
         kept = {k: _short(v) for k, v in row.items() if k == "train/loss" or k.startswith("eval/loss@")}
         if kept:
             rows.append({axis: _short(row[axis]) for axis in _AXES} | kept)
@@ -173,7 +173,7 @@ def load(folder: Path) -> list[Run]:
     """
     for name in ("results.json", "heldout_losses.npz"):
         if not (folder / name).exists():
-            raise _damaged(folder / name, "is missing")
+            raise ConfigError("workdir", str(folder), f"{name} is missing; run it again")
     table = read_json(folder / "results.json").get("runs")
     if not isinstance(table, list) or any("setting" not in entry for entry in table):
         raise ConfigError("workdir", str(folder), "its results.json is not a study's; see experiments.waterfall")
@@ -189,7 +189,7 @@ def load(folder: Path) -> list[Run]:
             source = stored[str(arrays.pop("same_targets_as"))]
             arrays |= {name: source[name] for name in TARGETS if name in source}
         if entry["status"] == FINISHED and not arrays:
-            raise _damaged(folder / "heldout_losses.npz", f"has nothing of {key.name}")
+            raise damaged(folder / "heldout_losses.npz", f"has nothing of {key.name}")
         known = [entry["status"], entry["result"], entry["config"], tuple(entry["curve"]), arrays]
         runs.append(Run(key, *known, entry.get("environment")))  # results of earlier versions have none
     return runs
@@ -200,9 +200,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise _damaged(path, f"cannot be read ({error})") from None
+        raise damaged(path, f"cannot be read ({error})") from None
     if not isinstance(found, dict):
-        raise _damaged(path, "holds no object")
+        raise damaged(path, "holds no object")
     return found
 
 
@@ -213,7 +213,7 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
         refuse_nan(arrays)
         return arrays
     except Exception as error:  # numpy, zipfile and zlib each raise their own
-        raise _damaged(path, f"cannot be read ({error})") from None
+        raise damaged(path, f"cannot be read ({error})") from None
 
 
 def refuse_nan(arrays: Mapping[str, np.ndarray]) -> None:
@@ -223,5 +223,6 @@ def refuse_nan(arrays: Mapping[str, np.ndarray]) -> None:
             raise ValueError(f"{name} holds a number that is not finite")
 
 
-def _damaged(path: Path, problem: str) -> ConfigError:
-    return ConfigError("workdir", str(path.parent), f"{path.name} {problem}; run it again")
+def damaged(path: Path, problem: str) -> ConfigError:
+    """Of a file that a run or a report left: the same command makes it again where it is gone."""
+    return ConfigError("workdir", str(path.parent), f"{path.name} {problem}; remove it and run it again")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from research import files
-from research.analysis.archive import read_json, refuse_nan
+from research.analysis.archive import NEEDED, damaged, read_json, refuse_nan
 from research.config import ConfigError
 
 FINISHED, DIVERGED, MISSING = "finished", "diverged", "missing"
@@ -20,10 +20,20 @@ _RUN = frozenset({"name", "status", "exit_code", "seconds", "result"})  # what a
 DIVERGED_CODE = 3  # exit code of experiments.train: this run has no loss, and is not tried again
 
 
+def finished(folder: Path) -> bool:
+    """Whether a run's folder holds what it leaves at its end."""
+    return (folder / "result.json").exists() and (folder / "heldout_losses.npz").exists()
+
+
 def read_result(folder: Path) -> dict[str, Any] | None:
     """A finished run's result.json, or None. Raises: ConfigError where it is damaged."""
     path = folder / "result.json"
-    return read_json(path) if path.exists() else None
+    if not path.exists():
+        return None
+    result = read_json(path)
+    if absent := sorted(NEEDED - result.keys()):
+        raise damaged(path, f"has no {absent[0]!r}")
+    return result
 
 
 def shared_context(contexts: Sequence[str], shortest: int) -> int:

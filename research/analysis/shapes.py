@@ -54,6 +54,7 @@ def analyse(study: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], losses:
         "context": shared_context(done[0]["result"]["eval"]["contexts"], study["shortest"]) if done else None,
         "targets": len(losses.get("document", ())),
         "documents": len(np.unique(losses.get("document", ()))),
+        "passes": max((run["result"]["epochs"] for run in done), default=None),
         "seeds": {budget: seeds_of(at[budget]) for budget in BUDGETS},
         "shapes": [_describe(shape, study, at, losses) for shape in study["shapes"]],
         "lowest": {budget: _lowest(at[budget], losses) for budget in BUDGETS},

@@ -27,9 +27,17 @@ def progress(found: Found) -> Judged:
 
 
 def explores(found: Found) -> Judged:
-    """As many steps: do fewer rows, whose gradients are noisier, end below more? At equal tokens they also have more
-    steps, so what they win there does not tell."""
+    """As many steps: do fewer rows, whose gradients are noisier, end below more?
+
+    Within one pass every row is a new sample: the mean of a step's gradient is the same for any number of rows, and its
+    noise is all that differs. At equal tokens fewer rows take more steps too, so what they win there does not tell.
+    """
     verdict, text = _after_steps(found)
+    if found["passes"] is not None and found["passes"] <= 1 and of_kind(found, "steps", "rows"):
+        text += (
+            " Within one pass of the text every row is new: at equal steps more rows change nothing but the noise of "
+            "each step's gradient."
+        )
     tokens = of_kind(found, "tokens", "rows")
     if tokens:
         text += f" After as many tokens, where fewer rows take more steps: {evidence.against(tokens)}."
