@@ -25,7 +25,14 @@ def memory_of_batch(analysis: Analysis) -> Judged:
         f"From {few['batch_size']} to {many['batch_size']} rows of {few['seq_len']} tokens the {MEASURES[measure]} "
         f"grows {factor:.2f} times a doubling ({_sizes([few, many], measure)}); parameters and their state do not grow."
     )
-    return (HOLDS if factor >= 1.9 else CONDITIONS if factor > 1 + SAME else FAILS), text
+    return doubles([factor]), text
+
+
+def doubles(factors: Sequence[float]) -> str:
+    """The verdict on "twice as much for each doubling of the rows", from what each doubling takes."""
+    if all(abs(factor - 2) <= 2 * SAME for factor in factors):
+        return HOLDS
+    return CONDITIONS if max(factors) > 1 + SAME else FAILS
 
 
 def memory_of_length(analysis: Analysis) -> Judged:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from research.analysis import claims, claims_batch, claims_cost, evidence
-from research.analysis.evidence import CONDITIONS, FAILS, HOLDS, UNTESTED, Judged
+from research.analysis.evidence import CONDITIONS, FAILS, UNTESTED, Judged
 from research.analysis.page import Verdict
 
 Found = Mapping[str, Any]  # the analysis of shapes.py
@@ -93,9 +93,7 @@ def memory_of_batch(found: Found) -> Judged:
         bytes_ = f"{few['memory_bytes'] / 1e9:.3f} to {many['memory_bytes'] / 1e9:.3f} GB"
         parts.append(f"{few['shape']} to {many['shape']} {factors[-1]:.2f} times a doubling ({bytes_})")
     text = f"The compiled step: {'; '.join(parts)}. Parameters and their state do not grow."
-    if all(abs(factor - 2) <= 2 * evidence.SAME for factor in factors):
-        return HOLDS, text
-    return (CONDITIONS if max(factors) > 1 + evidence.SAME else FAILS), text
+    return claims_cost.doubles(factors), text
 
 
 def of_kind(found: Found, budget: str, kind: str) -> list[Mapping[str, Any]]:
