@@ -105,7 +105,13 @@ def name_of(arm: dict[str, Any]) -> str:
     """An arm as legends call it: its strategy and B×T, or T alone where rows grow."""
     if arm.get("stages"):
         return f"{arm['strategy']}  {length_of(arm)}"
-    return f"{arm['strategy']}  {arm['batch_size']}×{arm['seq_len']}"
+    return with_shape(arm["strategy"], f"{arm['batch_size']} x {arm['seq_len']}")
+
+
+def with_shape(strategy: str, shape: str) -> str:
+    """A strategy and its shape, such as 16 x 512; a strategy that is called by its shape, once."""
+    sign = shape.replace(" x ", "×")
+    return sign if strategy == shape.replace(" ", "") else f"{strategy}  {sign}"
 
 
 def length_of(arm: Mapping[str, Any]) -> str:

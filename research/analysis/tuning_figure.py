@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from research.analysis.page import Picture
-from research.analysis.style import FAINT, LOOK, legend, save, styles_of
+from research.analysis.style import FAINT, LOOK, legend, save, styles_of, with_shape
 
 
 def draw(study: Mapping[str, Any], found: Mapping[str, Any], folder: Path) -> list[Picture]:
@@ -27,7 +27,7 @@ def draw(study: Mapping[str, Any], found: Mapping[str, Any], folder: Path) -> li
         for number, (strategy, tried) in enumerate(curves.items()):
             grid, style = found["grids"][strategy], styles[strategy]
             apart = 2 ** (0.06 * (number - (len(curves) - 1) / 2))  # or bars of one value cover each other
-            label = f"{strategy}  {grid['shape'].replace(' x ', '×')}"
+            label = with_shape(strategy, grid["shape"])
             axes.plot([apart * e["value"] for e in tried], [e["loss"] for e in tried], **style, label=label, zorder=3)
             best = next(entry for entry in tried if entry["value"] == grid["best"])
             for entry in tried:
