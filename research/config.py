@@ -152,6 +152,9 @@ def _validate_length(config: Any) -> None:
     name, value = ("steps", steps) if steps is not None else ("tokens", tokens)
     if value < 1:
         raise ConfigError(f"config.train.{name}", value, "must be 1 or more")
+    if config.batch_size * config.seq_len >= 2**31:
+        message = f"times config.batch_size={config.batch_size} tokens per step are 2^31 or more; give less"
+        raise ConfigError("config.seq_len", config.seq_len, message)
     optimizer = config.optimizer
     if optimizer.schedule == "wsd" and optimizer.warmup_fraction + optimizer.decay_fraction > 1:
         raise ConfigError(

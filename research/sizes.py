@@ -10,7 +10,8 @@ import re
 from research.config import ConfigError
 
 PREFIXES = "KMGT"
-PATTERN = re.compile(rf"(\d+(?:\.\d+)?)\s*(?:([{PREFIXES}])(iB|B)?|B)?", re.IGNORECASE)
+MOST = 2**60  # bytes: more than any device has
+PATTERN = re.compile(rf"([0-9]+(?:\.[0-9]+)?)\s*(?:([{PREFIXES}])(iB|B)?|B)?", re.IGNORECASE)
 
 
 def parse(text: str, field: str) -> int:
@@ -20,10 +21,11 @@ def parse(text: str, field: str) -> int:
     if found:
         number, prefix, unit = found.groups()
         base = 1000 if unit and unit.lower() == "b" else 1024
-        size = int(float(number) * base ** (1 + PREFIXES.index(prefix.upper()) if prefix else 0))
+        size = float(number) * base ** (1 + PREFIXES.index(prefix.upper()) if prefix else 0)
+        size = int(size) if size < MOST else 0
     if 1 <= size < 2**20 and str(text).strip()[-1].isdigit():
         raise ConfigError(field, text, f"is {size} bytes; write a unit, such as {found[1]}GiB")
-    if size < 1:
+    if not 1 <= size < MOST:
         message = "not a size of memory; write 24GiB (or 24G: powers of 1024), 24GB (powers of 1000), or 512MiB"
         raise ConfigError(field, text, message)
     return size

@@ -59,6 +59,7 @@ class Target:
     name: str
     devices: tuple[jax.Device, ...]
     absent: bool
+    memory: int | None = None  # bytes of one that is not here, where its compiler does not refuse what is larger
 
     @property
     def platform(self) -> str:
@@ -124,7 +125,8 @@ def _gpus(topology: str, kind: str, size: str) -> Target:
         bytes=int(facts["gib"] * 2**30), optin=facts["shared"] - 1024, fpus=128 if facts["major"] == 9 else 64,
     )  # fmt: skip
     devices = _devices(topology, 'jax[cuda13]"', "cuda", topology=f"1x1x{size}", target_config=description)
-    return Target(f"{facts['kind']} x {size}" if size != "1" else facts["kind"], devices, absent=True)
+    name = f"{facts['kind']} x {size}" if size != "1" else facts["kind"]
+    return Target(name, devices, absent=True, memory=int(facts["gib"] * 2**30))
 
 
 def _tpus(topology: str, size: str) -> Target:

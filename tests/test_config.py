@@ -91,6 +91,8 @@ MISTAKES = [
     ("config.batch_size=6", dict(batch_size=6, mesh__data=4)),
     ("config.batch_size=8", dict(train__accumulation=3)),
     ("config.batch_size=12", dict(batch_size=12, mesh__data=2, train__accumulation=4)),
+    ("config.seq_len=99999999999", dict(seq_len=99999999999, batch_size=1)),
+    ("config.seq_len=2048", dict(seq_len=2048, batch_size=2**20)),
     ("config.seq_len=34", dict(seq_len=34, mesh__seq=4)),
     ("config.model.d_model=18", dict(model__d_model=18, model__num_heads=4)),
     ("config.model.num_heads=4", dict(model__d_model=12, model__num_heads=4)),

@@ -1,6 +1,7 @@
 """The largest batch that fits is the one that trying them all finds, with few programs compiled."""
 
 import ast
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -63,6 +64,18 @@ def test_a_dip_is_no_reason_to_try_a_thousand_times_more():
 def test_what_always_fits_is_said():
     with pytest.raises(frontier.TooMuch):
         frontier.largest(lambda units: 5, 10)
+
+
+@given(limit=st.integers(1, 5000), guess=st.integers(1, 10_000), fits=st.integers(0, 10_000))
+@settings(deadline=None, max_examples=100)
+def test_no_more_is_tried_than_the_limit(limit, guess, fits):
+    counted = Counted(lambda units: 100 + units)
+    if fits >= limit:
+        with pytest.raises(frontier.TooMuch):
+            frontier.largest(counted, 100 + fits, guess, limit=limit)
+    else:
+        assert frontier.largest(counted, 100 + fits, guess, limit=limit).units == fits
+    assert max(counted.asked) <= limit
 
 
 def config_of(tmp_path, **fields):
@@ -146,6 +159,21 @@ def test_what_a_compiler_refuses_does_not_fit(tmp_path, here, monkeypatch):
         ConfigError, match="config.batch_size=1000: a step needs 16.26 MiB, more than the 8.00 MiB of CPU"
     ):
         planner.planned(given)
+
+
+def test_a_budget_above_an_absent_devices_memory_is_refused(tmp_path, here):
+    known = programs.Programs(dataclasses.replace(here, name="a card", memory=2**30))
+    with pytest.raises(ConfigError, match=r"--budget='1.00 TiB': a card has 1.00 GiB per device; give no more"):
+        frontier.plan(one_device(config_of(tmp_path)), 2**40, known)
+    assert known.compiled == 0
+
+
+def test_as_many_tokens_are_tried_as_can_be_counted_and_no_more(tmp_path, here, monkeypatch):
+    monkeypatch.setattr(frontier, "COUNTED", 1000)
+    monkeypatch.setitem(programs.KINDS, "train", refusing(2**50, 1000))
+    config = one_device(config_of(tmp_path))
+    with pytest.raises(ConfigError, match=f"{1000 // config.seq_len} rows of {config.seq_len} fit, the most that are"):
+        frontier.plan(config, 2**40, programs.Programs(here))
 
 
 def test_a_refusal_is_read(here):
@@ -244,6 +272,12 @@ def test_a_compiled_program_is_kept_and_a_changed_one_compiled_again(tmp_path, h
     assert programs.key(frontier.with_fields(config, {"train.steps": 7, "seed": 1}), "train", here) == programs.key(
         config, "train", here
     )
+    for changed in (dict(name="another"), dict(devices=2 * here.devices)):
+        assert programs.key(config, "train", dataclasses.replace(here, **changed)) not in keys
+    for of_the_compiler in ("versions", "compiler_options"):
+        with monkeypatch.context() as patch:
+            patch.setattr(target.Target, of_the_compiler, property(lambda _: {"jaxlib": "0.0"}))
+            assert programs.key(config, "train", here) not in keys, of_the_compiler
     monkeypatch.setattr(programs.metadata, "version", lambda name: "0.0")  # of Flax and Optax
     assert programs.key(config, "train", here) not in keys
     monkeypatch.undo()
@@ -295,7 +329,9 @@ def test_sizes_are_read_as_coreutils_reads_them(text, size):
     assert sizes.parse(text, "--budget") == size
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "0", "24GiBs", "1e3", "24 G B", "0.2B"])
+@pytest.mark.parametrize(
+    "text", ["", "GiB", "-1GiB", "0", "24GiBs", "1e3", "24 G B", "0.2B", "9" * 400 + "GiB", "9999999TiB", "\u0662GiB"]
+)
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(ConfigError, match="--budget=.*not a size of memory"):
         sizes.parse(text, "--budget")

@@ -21,6 +21,7 @@ GROWTH = 64  # times the largest batch that is known to fit: no guess goes furth
 SECANTS = 10  # measurements; memory that is so far from affine is halved instead
 GUESS = 1 << 15  # tokens per step, where nothing is known
 LIMIT = 1 << 20  # units of a batch: no one trains with more
+COUNTED = 2**31 - 1  # tokens of a step, which 32 bits count (validate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,23 +37,23 @@ class TooMuch(Exception):
     """More units fit than anyone trains with."""
 
 
-def largest(measure: Callable[[int], int], budget: int, guess: int = 2, empty: int = 0) -> Found:
+def largest(measure: Callable[[int], int], budget: int, guess: int = 2, empty: int = 0, limit: int = LIMIT) -> Found:
     """The largest u with measure(u) <= budget, where measure(u) grows with u.
 
     `guess`, and `empty`, about what no unit at all would take, save calls if they are near.
-    Raises: TooMuch where LIMIT units fit.
+    Raises: TooMuch where `limit` units fit.
     """
     known = {0: empty}
-    fits, fails, trial = 0, math.inf, max(1, guess)
+    fits, fails, trial = 0, math.inf, min(max(1, guess), limit)
     while fails - fits > 1:
         known[trial] = measure(trial)
         if known[trial] <= budget:
             fits = trial
         else:
             fails = trial
-        if fits >= LIMIT:
+        if fits >= limit:
             raise TooMuch
-        trial = _next_trial(known, fits, fails, budget)
+        trial = min(_next_trial(known, fits, fails, budget), limit)
     return Found(fits, known[fits] if fits else 0, known[fits + 1])
 
 
@@ -117,12 +118,17 @@ def plan(
     """
     unit = unit_of(config, programs)
 
+    def refuse_more_than(limit: int | None) -> None:
+        if limit and budget > limit:
+            message = f"{programs.target.name} has {sizes.show(limit)} per device; give no more"
+            raise ConfigError(field, sizes.show(budget), message)
+
     def measure(units: int) -> int:
         usage = programs.usage(with_fields(config, dict(batch_size=units * unit)))
-        if usage.limit and budget > usage.limit:  # else what is refused could fit the budget
-            message = f"{programs.target.name} has {sizes.show(usage.limit)} per device; give no more"
-            raise ConfigError(field, sizes.show(budget), message)
+        refuse_more_than(usage.limit)  # else what is refused could fit the budget
         return usage.total
+
+    refuse_more_than(programs.target.memory)
 
     first = checked(config, programs)
     state = memory.state_bytes(first, programs.target)
@@ -130,10 +136,11 @@ def plan(
     problem = over_in_evaluation(first, budget, programs)
     if problem and programs.usage(first).total <= budget:  # else no step fits, which says more
         raise problem
+    most = min(LIMIT, COUNTED // (config.seq_len * unit))
     try:
-        found = largest(measure, budget, max(2, tokens // config.seq_len // unit), sum(state.values()))
+        found = largest(measure, budget, max(2, tokens // config.seq_len // unit), sum(state.values()), most)
     except TooMuch:
-        message = f"more than {LIMIT * unit} rows of {config.seq_len} fit; give less"
+        message = f"{most * unit} rows of {config.seq_len} fit, the most that are tried; give less"
         raise ConfigError(field, sizes.show(budget), message) from None
     batch = found.units * unit
     usage = programs.usage(with_fields(config, dict(batch_size=batch))) if batch else None

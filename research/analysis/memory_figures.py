@@ -1,5 +1,6 @@
 """The figures of a memory frontier: iso-memory curves, the law, and predictions beside measurements."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator
 
 from research.analysis import memory_report
 from research.analysis.original import ORIGINAL
-from research.analysis.style import FAINT, INK, LOOK, covered, save, styles_of
+from research.analysis.style import FAINT, INK, LOOK, columns, covered, note, save, styles_of
 
 ALTS = {
     "frontier": "The largest batch that fits against the length, and the tokens per step along it",
@@ -73,15 +74,18 @@ def frontier_figure(plan: dict[str, Any]) -> Figure:
     right.yaxis.set_major_formatter(EngFormatter(sep=""))
     right.set_ylabel("tokens per step")
     handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)), handlelength=3.4)
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns(figure, labels), handlelength=3.4)
     held = f", {memory_report.label(shared)}" if shared and len(curves) > 1 else ""
     under = covered({name: [cell["tokens"] for cell in cells] for name, cells in curves.items()})
-    figure.supxlabel(
-        f"{plan['budget']} per device{held}, compiled for {plan['target']};  grey: equal tokens per step{under}",
-        fontsize=9,
-        color="#666666",
+    _note(
+        figure, f"{plan['budget']} per device{held}, compiled for {plan['target']};  grey: equal tokens per step{under}"
     )
     return figure
+
+
+def _note(figure: Figure, said: str) -> None:
+    """Below the panels, in lines that fit: 16 characters of its size are an inch."""
+    note(figure, textwrap.fill(said, int(16 * figure.get_figwidth())))
 
 
 def _name(choice: dict[str, Any], shared: dict[str, Any]) -> str:
@@ -150,12 +154,8 @@ def law_figure(plan: dict[str, Any]) -> Figure:
     handles, labels = panels[0].get_legend_handles_labels()
     names = [f"attention {label}" for label in labels]
     under = covered({law["attention"]: [point["amount"] for point in law["points"]] for law in plan["law"]})
-    figure.legend(handles, names, loc="outside upper center", ncols=len(labels), handlelength=3.4)
-    figure.supxlabel(
-        f"compiled for {plan['target']};  points: programs, lines: a + b B T + c B T²{under}",
-        fontsize=9,
-        color="#666666",
-    )
+    figure.legend(handles, names, loc="outside upper center", ncols=columns(figure, names), handlelength=3.4)
+    _note(figure, f"compiled for {plan['target']};  points: programs, lines: a + b B T + c B T²{under}")
     return figure
 
 
@@ -179,7 +179,7 @@ def check_figure(measured: Sequence[dict[str, Any]]) -> Figure:
     axes.axhspan(0.9, 1.1, color=FAINT, alpha=0.15, lw=0)
     _length_axis(axes, sorted({run["seq_len"] for run in measured}))
     axes.set_ylabel("measured while it runs / predicted")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=min(4, len(names)))
-    note = "filled: the largest batch that was tried at a length, open: smaller ones;  grey: 10 %"
-    figure.supxlabel(note, fontsize=9, color="#666666")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=columns(figure, names))
+    said = "filled: the largest batch that was tried at a length, open: smaller ones;  grey: 10 %"
+    _note(figure, said)
     return figure

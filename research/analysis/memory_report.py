@@ -176,7 +176,11 @@ def parts_text(plan: dict[str, Any]) -> str:
         for c in cells
     ]  # fmt: skip
     notes = "; ".join(f"**{name}**: {meaning}" for name, meaning in PARTS.items())
-    return f"## What it is made of\n\n{markdown(columns, rows)}\n\nBy differences of compiled variants. {notes}."
+    how = (
+        "By differences of compiled variants, at the peak. What is not there then counts as 0, and where memory grows "
+        "faster than the batch, gradients count as activations."
+    )
+    return f"## What it is made of\n\n{markdown(columns, rows)}\n\n{how} {notes}."
 
 
 def law_text(plan: dict[str, Any], drawn: set[str]) -> str:

@@ -94,7 +94,10 @@ def describe(config: Any, kind: str) -> str:
     """A program in a few words, for those who wait for it."""
     if kind == "eval":
         return f"evaluation at length {config.seq_len}"
-    return f"step of {config.batch_size} x {config.seq_len}, remat {config.model.remat}"
+    about = [f"remat {config.model.remat}", f"attention {config.model.attention}", config.model.dtype]
+    about += [f"accumulation {config.train.accumulation}"] * (config.train.accumulation > 1)
+    about += [f"mesh {config.mesh.data} x {config.mesh.seq}"] * (config.mesh.data > 1 or config.mesh.seq > 1)
+    return f"step of {config.batch_size} x {config.seq_len}, {', '.join(about)}"
 
 
 def key(config: Any, kind: str, target: Target) -> str:

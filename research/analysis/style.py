@@ -85,6 +85,13 @@ def legend(figure: Figure, axes: Axes, said: str, leaking: bool = False) -> None
     note(figure, said, leaking)
 
 
+def columns(figure: Figure, labels: Sequence[str], most: int = 4) -> int:
+    """How many columns of a legend fit the figure's width, with a handle and a gap each."""
+    em = LOOK["font.size"] / 72  # inches
+    widest = max((6.5 + 0.56 * len(label)) * em for label in labels)
+    return max(1, min(most, len(labels), int(figure.get_figwidth() / widest)))
+
+
 def note(figure: Figure, said: str, leaking: bool = False) -> None:
     """Below the panels."""
     warning = "LEAKING: these losses measure memorisation.\n" if leaking else ""
