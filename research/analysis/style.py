@@ -1,6 +1,7 @@
 """How every figure of a study looks: one colour, marker and line a strategy; a light frame."""
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,8 @@ def columns(figure: Figure, labels: Sequence[str], most: int = 4) -> int:
     """How many columns of a legend fit the figure's width, with a handle and a gap each."""
     em = LOOK["font.size"] / 72  # inches
     widest = max((6.5 + 0.56 * len(label)) * em for label in labels)
-    return max(1, min(most, len(labels), int(figure.get_figwidth() / widest)))
+    fit = max(1, min(most, len(labels), int(figure.get_figwidth() / widest)))
+    return math.ceil(len(labels) / math.ceil(len(labels) / fit))  # as few for as many lines: no line is half empty
 
 
 def note(figure: Figure, said: str, leaking: bool = False) -> None:
