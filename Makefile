@@ -1,6 +1,6 @@
 # make ablation  set up, then train the three strategies on real text and compare them (about 5 minutes on 2 cores)
 # make study     the same with three seeds, both orders of the data, the recall task, and the noise of the gradient (about 40 minutes)
-# make test      set up, then all tests (8 to 15 minutes on 2 cores of a shared machine)
+# make test      set up, then all tests (8 to 20 minutes on 2 cores of a shared machine)
 # make parity    the model and optimisers against PyTorch, which this installs
 # make hub       data sets and tokenizers by name, against a server on this machine
 # make lint      ruff
