@@ -88,6 +88,8 @@ def legend(figure: Figure, axes: Axes, said: str, leaking: bool = False) -> None
 
 def columns(figure: Figure, labels: Sequence[str], most: int = 4) -> int:
     """How many columns of a legend fit the figure's width, with a handle and a gap each."""
+    if not labels:
+        return 1
     em = LOOK["font.size"] / 72  # inches
     widest = max((6.5 + 0.56 * len(label)) * em for label in labels)
     fit = max(1, min(most, len(labels), int(figure.get_figwidth() / widest)))
